@@ -1,0 +1,25 @@
+"""Reconstruction loss of the tokenizer (Dreamer 4, Eq. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # (prediction, target) images in [-1, 1], (B, C, H, W) -> one distance per image
+
+
+def tokenizer_loss(
+    prediction: Float[Tensor, "B F C H W"],
+    target: Float[Tensor, "B F C H W"],
+    perceptual: Perceptual | None = None,
+    perceptual_weight: float = 0.2,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """MSE + 0.2 LPIPS on pixels in [-1, 1], over masked and visible patches alike. Without ``perceptual`` only the MSE."""
+    mse = (prediction - target).square().mean()
+    metrics = {"mse": mse.detach()}
+    if perceptual is None:
+        return mse, metrics
+    distance = perceptual(prediction.flatten(0, 1), target.flatten(0, 1)).mean()
+    return mse + perceptual_weight * distance, metrics | {"lpips": distance.detach()}

@@ -1,0 +1,60 @@
+"""Recordings -> episodes -> latents -> batches."""
+
+from dreamer.data.actions import ActionCodec, action_space_from_gym, decode_action, encode_action
+from dreamer.data.alignment import (
+    chunk_actions,
+    chunk_rewards,
+    chunk_terminals,
+    episode_from_steps,
+    episode_from_transitions,
+    episode_without_actions,
+    mtp_targets,
+    num_latent_steps,
+    shift_actions,
+)
+from dreamer.data.importing import ImportReport, import_recordings
+from dreamer.data.prefetch import Prefetcher
+from dreamer.data.pretokenize import pretokenize
+from dreamer.data.pretokenized_dataset import (
+    PretokenizedDataset,
+    PretokenizedLoader,
+    batches,
+    create_pretokenized_dataloader,
+    frame_batches,
+)
+from dreamer.data.readers import READERS, make_reader
+from dreamer.data.store import EpisodeStore, EpisodeWriter, LatentStore, LatentWriter, split_episodes
+from dreamer.data.windows import WindowSampler
+
+__all__ = [
+    "READERS",
+    "ActionCodec",
+    "EpisodeStore",
+    "EpisodeWriter",
+    "ImportReport",
+    "LatentStore",
+    "LatentWriter",
+    "Prefetcher",
+    "PretokenizedDataset",
+    "PretokenizedLoader",
+    "WindowSampler",
+    "action_space_from_gym",
+    "batches",
+    "chunk_actions",
+    "chunk_rewards",
+    "chunk_terminals",
+    "create_pretokenized_dataloader",
+    "decode_action",
+    "encode_action",
+    "episode_from_steps",
+    "episode_from_transitions",
+    "episode_without_actions",
+    "frame_batches",
+    "import_recordings",
+    "make_reader",
+    "mtp_targets",
+    "num_latent_steps",
+    "pretokenize",
+    "shift_actions",
+    "split_episodes",
+]

@@ -1,0 +1,58 @@
+"""Recordings to an episode store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dreamer.data.readers import make_reader
+from dreamer.data.shards import STORE_FILE
+from dreamer.data.store import EpisodeStore, EpisodeWriter
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did. ``num_known`` recordings were in the store already."""
+
+    path: Path
+    num_episodes: int
+    num_frames: int
+    num_known: int
+
+
+def import_recordings(
+    path: Path | str,
+    out: Path | str,
+    reader_name: str,
+    *,
+    max_episodes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> ImportReport:
+    """Read every recording at ``path`` with the reader ``reader_name`` and append it to the store ``out``.
+
+    Run again to go on: recordings that the store holds are skipped (each is known by its place below ``path``, kept as
+    ``info["source"]``). ``options`` go to the reader. progress(done, total) is called after each recording.
+    Raises ``ValueError`` naming the file at the first broken recording; what was read before it is kept.
+    """
+    root, out = Path(path), Path(out)
+    reader = make_reader(reader_name, root, **options)
+    recordings = reader.find(root)[:max_episodes]
+    known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
+    num_episodes = num_frames = num_known = 0
+    extra = {"reader": reader_name}
+    with EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra) as writer:
+        for done, recording in enumerate(recordings, 1):
+            source = recording.relative_to(root).as_posix() if recording != root else root.name
+            if source in known:
+                num_known += 1
+            else:
+                episode = reader.read(recording)
+                writer.add(dataclasses.replace(episode, info={**episode.info, "source": source}))
+                num_episodes, num_frames = num_episodes + 1, num_frames + len(episode)
+            if progress:
+                progress(done, len(recordings))
+    return ImportReport(out, num_episodes, num_frames, num_known)

@@ -1,0 +1,29 @@
+"""Recording formats, one file each. A new format is a class with ``Reader``'s methods and one line in ``READERS``."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from dreamer.data.readers.npy import NpyReader
+from dreamer.data.readers.video import VideoReader
+
+READERS: dict[str, type[NpyReader] | type[VideoReader]] = {
+    "npy": NpyReader,
+    "video": VideoReader,
+}
+
+
+def make_reader(name: str, path: Path | str, **options: Any) -> NpyReader | VideoReader:
+    """The reader ``name`` for the recordings at ``path``. Raises ``ValueError`` for an unknown name, with the nearest."""
+    if name not in READERS:
+        near = get_close_matches(name, READERS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no reader is called {name!r}; expected one of {sorted(READERS)}.{hint}")
+    if not Path(path).exists():
+        raise ValueError(f"{path}: does not exist")
+    return READERS[name](path, **options)
+
+
+__all__ = ["READERS", "NpyReader", "VideoReader", "make_reader"]

@@ -1,0 +1,188 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreamer.data.checks import check_episode
+from dreamer.data.readers.npy import KEYBOARD_CAMERA, NpyReader
+from dreamer.types import ActionComponent, ActionSpace
+
+
+def write(folder: Path, length: int = 6, seed: int = 0, *, missing: int = 0, **changes) -> Path:
+    """A recording of the seed's layout: ``length`` frames, ``length - missing`` actions and rewards."""
+    rng = np.random.default_rng(seed)
+    num = length - missing
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "frames": rng.integers(0, 256, (length, 4, 5, 3), dtype=np.uint8),
+        "rewards": np.arange(1, num + 1, dtype=np.float32),
+        "keyboard": rng.integers(0, 2, (num, 8)),
+        "camera": rng.integers(0, 121, num),
+    } | changes
+    np.save(folder / "frames.npy", arrays["frames"])
+    np.save(folder / "rewards.npy", arrays["rewards"])
+    np.savez(folder / "actions.npz", **{"action$keyboard": arrays["keyboard"], "action$camera": arrays["camera"]})
+    return folder
+
+
+def test_one_action_for_every_frame(tmp_path):
+    folder = write(tmp_path / "env" / "one")
+    reader = NpyReader(tmp_path)
+    assert reader.find(tmp_path) == [folder]
+    assert reader.action_space == KEYBOARD_CAMERA
+    episode = reader.read(folder)
+    with np.load(folder / "actions.npz") as actions:
+        assert np.array_equal(episode.actions[:, :8], actions["action$keyboard"])
+        assert np.array_equal(episode.actions[:, 8], actions["action$camera"])
+    assert np.array_equal(episode.frames, np.load(folder / "frames.npy").transpose(0, 3, 1, 2))
+    assert episode.action_mask.all()
+    assert episode.rewards.tolist() == [0, 1, 2, 3, 4, 5]
+    assert episode.info["reward_after_end"] == 6
+
+
+def test_one_action_fewer_than_frames(tmp_path):
+    folder = write(tmp_path / "one", missing=1)
+    episode = NpyReader(tmp_path).read(folder)
+    assert episode.rewards.tolist() == [0, 1, 2, 3, 4, 5]
+    assert episode.action_mask.tolist() == [True] * 5 + [False]
+
+
+def test_actions_npy(tmp_path):
+    folder = write(tmp_path / "one")
+    (folder / "actions.npz").unlink()
+    rows = np.concatenate([np.ones((6, 8)), np.full((6, 1), 60)], 1)
+    np.save(folder / "actions.npy", rows)
+    assert np.array_equal(NpyReader(tmp_path).read(folder).actions, rows)
+    np.save(folder / "actions.npy", rows[:, :3])
+    with pytest.raises(ValueError, match=r"actions\.npy: got actions of shape \(6, 3\)"):
+        NpyReader(tmp_path)
+    space = ActionSpace((ActionComponent("x", "binary", 3),))
+    assert NpyReader(tmp_path, action_space=space).read(folder).actions.shape == (6, 3)
+
+
+def test_minerl_keys(tmp_path):
+    folder = write(tmp_path / "one")
+    camera = np.random.default_rng(0).uniform(-20, 20, (6, 2)).astype(np.float32)
+    np.savez(folder / "actions.npz", **{"action$attack": np.ones(6, int), "action$camera": camera, "action$jump": np.zeros(6, int)})
+    reader = NpyReader(tmp_path)
+    assert [(c.name, c.kind, c.size) for c in reader.action_space.components] == [
+        ("attack", "binary", 1),
+        ("camera", "continuous", 2),
+        ("jump", "binary", 1),
+    ]
+    assert np.array_equal(reader.read(folder).actions[:, 1:3], camera)
+
+
+def test_metadata_is_kept(tmp_path):
+    folder = write(tmp_path / "one")
+    (folder / "metadata.json").write_text(json.dumps({"success": True}))
+    assert NpyReader(tmp_path).read(folder).info["metadata"] == {"success": True}
+    for text in ("{", '{"x": NaN}'):
+        (folder / "metadata.json").write_text(text)
+        with pytest.raises(ValueError, match=r"metadata\.json: cannot be read"):
+            NpyReader(tmp_path).read(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": np.zeros(4)}, "one: got lengths that disagree: 6 frames, 6 actions, 4 rewards"),
+        ({"frames": np.zeros((9, 4, 5, 3), np.uint8)}, "one: got lengths that disagree: 9 frames, 6 actions, 6 rewards"),
+        ({"camera": np.zeros(3, int)}, r"actions\.npz: got camera of shape \(3, 1\)"),
+        ({"camera": np.full(6, 121)}, r"one: action 'camera' has values in \[121, 121\]; expected \[0, 120\]"),
+        ({"keyboard": np.full((6, 8), 0.5)}, "one: action 'keyboard' holds values that are not whole numbers"),
+        ({"keyboard": np.full((6, 8), np.nan)}, "one: action 'keyboard' holds NaN"),
+        ({"rewards": np.array([0, 1, np.nan, 0, 0, 0])}, r"rewards\.npy: got NaN"),
+        ({"rewards": np.array(list("abcdef"))}, r"rewards\.npy: got <U1"),
+        ({"frames": np.zeros((6, 4, 5, 3), np.float32)}, r"frames\.npy: got float32"),
+        ({"frames": np.zeros((6, 4, 5), np.uint8)}, r"frames\.npy: got uint8 \(6, 4, 5\)"),
+        ({"frames": np.zeros((0, 4, 5, 3), np.uint8)}, r"frames\.npy: got"),
+        ({"rewards": np.array([None] * 6)}, r"rewards\.npy: cannot be read"),
+    ],
+)
+def test_broken_recordings_are_named(tmp_path, changes, message):
+    folder = write(tmp_path / "one", **changes)
+    with pytest.raises(ValueError, match=message):
+        NpyReader(tmp_path, action_space=KEYBOARD_CAMERA).read(folder)
+
+
+@pytest.mark.parametrize("name", ["rewards.npy", "actions.npz"])
+def test_missing_files_are_named(tmp_path, name):
+    folder = write(tmp_path / "one")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=name.replace("npz", "npy")):
+        NpyReader(tmp_path, action_space=KEYBOARD_CAMERA).read(folder)
+
+
+def test_other_actions_than_the_first_recording_are_refused(tmp_path):
+    write(tmp_path / "a")
+    folder = write(tmp_path / "b")
+    np.savez(folder / "actions.npz", **{"action$attack": np.zeros(6)})
+    reader = NpyReader(tmp_path)
+    with pytest.raises(ValueError, match=r"actions\.npz: got the actions \['attack'\]; expected \['camera', 'keyboard'\]"):
+        reader.read(folder)
+
+
+def test_a_folder_without_recordings_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no recordings here"):
+        NpyReader(tmp_path)
+
+
+@given(length=st.integers(1, 20), missing=st.integers(0, 1), seed=st.integers(0, 10**6))
+def test_any_sound_recording_is_read(tmp_path_factory, length, missing, seed):
+    folder = write(tmp_path_factory.mktemp("sound") / "one", length, seed, missing=missing)
+    episode = NpyReader(folder.parent).read(folder)
+    check_episode(episode, KEYBOARD_CAMERA, "here")
+    assert len(episode) == length
+    known = length - missing
+    with np.load(folder / "actions.npz") as actions:
+        assert np.array_equal(episode.actions[:known, 8], actions["action$camera"])
+    assert episode.rewards[1:].tolist() == list(range(1, length))
+
+
+@given(num_frames=st.integers(0, 6), num_keyboard=st.integers(0, 6), num_camera=st.integers(0, 6), num_rewards=st.integers(0, 6))
+def test_only_lengths_that_agree_are_read(tmp_path_factory, num_frames, num_keyboard, num_camera, num_rewards):
+    folder = write(
+        tmp_path_factory.mktemp("lengths") / "one",
+        frames=np.zeros((num_frames, 2, 2, 3), np.uint8),
+        keyboard=np.zeros((num_keyboard, 8)),
+        camera=np.zeros(num_camera),
+        rewards=np.zeros(num_rewards),
+    )
+    agree = num_frames > 0 and num_keyboard == num_camera == num_rewards and num_frames - num_rewards in (0, 1)
+    if agree:
+        assert len(NpyReader(folder.parent).read(folder)) == num_frames
+    else:
+        with pytest.raises(ValueError, match=str(folder)):
+            NpyReader(folder.parent).read(folder)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("bytes") / "one", 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@given(data=st.data())
+def test_any_bytes_give_an_episode_or_an_error_that_names_the_recording(recording, data):
+    file = recording / data.draw(st.sampled_from(["frames.npy", "rewards.npy", "actions.npz"]))
+    good = file.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    bad = data.draw(
+        st.one_of(
+            st.just(good[:place]),
+            st.binary(min_size=1, max_size=8).map(lambda b: good[:place] + b + good[place + len(b) :]),
+            st.binary(max_size=64),
+        )
+    )
+    file.write_bytes(bad)
+    try:
+        episode = NpyReader(recording.parent, action_space=KEYBOARD_CAMERA).read(recording)
+        check_episode(episode, KEYBOARD_CAMERA, "here")
+    except ValueError as error:
+        assert str(recording) in str(error)
+    finally:
+        file.write_bytes(good)

@@ -1,0 +1,168 @@
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer.data import (
+    LatentStore,
+    PretokenizedDataset,
+    batches,
+    create_pretokenized_dataloader,
+    frame_batches,
+    pretokenize,
+    split_episodes,
+)
+from dreamer.types import Batch
+
+LENGTHS = [6, 9, 5, 10, 7, 8]
+
+
+@pytest.fixture
+def make_latents(make_store, pixel_tokenizer, tmp_path):
+    def make(lengths=LENGTHS, stride=1) -> LatentStore:
+        return pretokenize(make_store(lengths), pixel_tokenizer(stride), tmp_path / f"latents{stride}", batch_frames=64)
+
+    return make
+
+
+def equal(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def take(stream, number: int) -> list[Batch]:
+    return list(itertools.islice(stream, number))
+
+
+def test_a_window_in_the_middle_by_hand(make_latents):
+    """Episode 1 has frames 10 .. 18, action t is t % 5, reward t is t."""
+    batch = PretokenizedDataset(make_latents(), 4).batch([(1, 2)])
+    assert batch.latents.shape == (1, 4, 2, 1)
+    assert batch.latents[0, :, 0, 0].tolist() == [12, 13, 14, 15]
+    assert batch.actions[0, :, 0, 0].tolist() == [2, 3, 4, 0]
+    assert batch.prev_actions[0, :, 0, 0].tolist() == [1, 2, 3, 4]  # action 1 led into the window
+    assert batch.prev_action_mask[0, :, 0].tolist() == [True] * 4
+    assert batch.rewards[0].tolist() == [2, 3, 4, 5]
+    assert not batch.is_first.any()
+    assert not batch.is_relevant.any()
+    assert batch.task.tolist() == [1]
+
+
+def test_the_first_and_the_last_window_by_hand(make_latents):
+    batch = PretokenizedDataset(make_latents(), 4).batch([(1, 0), (1, 5)], np.array([True, False]))
+    assert batch.latents[:, :, 0, 0].tolist() == [[10, 11, 12, 13], [15, 16, 17, 18]]
+    assert batch.prev_actions[0, :, 0, 0].tolist() == [0, 0, 1, 2]
+    assert batch.prev_action_mask[:, :, 0].tolist() == [[False, True, True, True], [True] * 4]
+    assert batch.is_first.tolist() == [[True, False, False, False], [False] * 4]
+    assert batch.action_mask[:, :, 0].tolist() == [[True] * 4, [True, True, True, False]]  # nothing is known at the last frame
+    assert batch.terminals.tolist() == [[False] * 4, [False, False, False, True]]
+    assert batch.is_relevant.tolist() == [True, False]
+
+
+def test_a_window_of_chunks_by_hand(make_latents):
+    """Stride 3, episode 3 of 12 frames (30 .. 41): steps end at frames 0, 3, 6, 9 and the rest."""
+    batch = PretokenizedDataset(make_latents([6, 9, 5, 12], stride=3), 3, episodes=[3]).batch([(3, 1)])
+    assert batch.latents[0, :, 0, 0].tolist() == [33, 36, 39]
+    assert batch.actions[0, :, :, 0].tolist() == [[3, 4, 0], [1, 2, 3], [4, 0, 0]]
+    assert batch.action_mask[0].tolist() == [[True] * 3, [True] * 3, [True, True, False]]
+    assert batch.prev_actions[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+    assert batch.rewards[0].tolist() == [1 + 2 + 3, 4 + 5 + 6, 7 + 8 + 9]
+
+
+def test_windows_never_cross_episodes(make_latents):
+    dataset = PretokenizedDataset(make_latents(), 5)
+    assert len(dataset) == sum(n - 4 for n in LENGTHS)
+    for window in range(len(dataset)):
+        row = dataset[window]
+        values = row.latents[0, :, 0, 0]
+        assert values.diff().tolist() == [1, 1, 1, 1]
+        assert values[0] // 10 == values[-1] // 10
+        assert row.is_first[0].tolist() == [values[0] % 10 == 0, False, False, False, False]
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_starting_at_a_step_is_an_exact_resume(make_latents, prefetch):
+    dataset = PretokenizedDataset(make_latents(), 4)
+    options = {"batch_size": 4, "seed": 5, "relevant_fraction": 0.5, "relevant_episodes": [1, 3]}
+    whole = take(batches(dataset, **options), 12)
+    resumed = take(batches(dataset, **options, start_step=5, prefetch=prefetch), 7)
+    assert all(equal(a, b) for a, b in zip(whole[5:], resumed, strict=True))
+    assert not equal(whole[0], whole[1])
+
+
+def test_relevant_rows_come_from_relevant_episodes(make_latents):
+    dataset = PretokenizedDataset(make_latents(), 4)
+    uniform = set()
+    for batch in take(batches(dataset, batch_size=4, seed=0, relevant_fraction=0.5, relevant_episodes=[1]), 40):
+        assert batch.is_relevant.tolist() == [True, True, False, False]
+        assert set((batch.latents[:2, 0, 0, 0] // 10).tolist()) == {1}
+        uniform |= set(batch.latents[2:, 0, 0, 0].tolist())
+    assert len(uniform) > len(LENGTHS) * 2
+    (all_relevant,) = take(batches(dataset, batch_size=3, seed=0, relevant_fraction=1.0, relevant_episodes=[1, 2]), 1)
+    assert all_relevant.is_relevant.all()
+    with pytest.raises(ValueError, match="relevant_episodes is empty"):
+        batches(dataset, batch_size=4, seed=0, relevant_fraction=0.5, relevant_episodes=[])
+    with pytest.raises(ValueError, match="relevant_fraction is 1.5"):
+        batches(dataset, batch_size=4, seed=0, relevant_fraction=1.5, relevant_episodes=[1])
+
+
+def test_relevant_and_uniform_rows_walk_different_orders(make_latents):
+    dataset = PretokenizedDataset(make_latents(), 4, episodes=[1, 3])
+    for batch in take(batches(dataset, batch_size=8, seed=0, relevant_fraction=0.5, relevant_episodes=[1, 3]), 3):
+        assert not torch.equal(batch.latents[:4], batch.latents[4:])
+
+
+def test_damage_found_by_the_thread_reaches_the_consumer(make_latents):
+    store = make_latents()
+    path = store.shards[0].path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    stream = batches(PretokenizedDataset(store.path, 4), batch_size=8, seed=0)
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged"):
+        take(stream, 50)
+
+
+def test_latents_come_as_float32(make_store, pixel_tokenizer, tmp_path):
+    store = pretokenize(make_store([5, 6]), pixel_tokenizer(), tmp_path / "half", dtype="float16")
+    assert store.latents(0).dtype == np.float16
+    assert PretokenizedDataset(store, 3)[0].latents.dtype == torch.float32
+
+
+def test_dataloader_splits_without_leak(make_latents):
+    store = make_latents([6] * 20)
+    seen = {}
+    for split in ("train", "val"):
+        loader = create_pretokenized_dataloader(data_path=store.path, batch_size=2, sequence_length=5, split=split, seed=len(split))
+        seen[split] = {int(first) for batch in loader for first in batch.latents[:, 0, 0, 0] // 10}
+    train, val = split_episodes(20, 0.1)
+    assert seen == {"train": set(train.tolist()), "val": set(val.tolist())}
+    with pytest.raises(ValueError, match="split is 'test'"):
+        create_pretokenized_dataloader(store, split="test")
+
+
+def test_dataloader_runs_epochs_and_resumes(make_latents):
+    store = make_latents()
+    loader = create_pretokenized_dataloader(store, batch_size=4, sequence_length=4, split="all")
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader) == sum(n - 3 for n in LENGTHS) // 4
+    assert not equal(first[0], second[0])
+    resumed = create_pretokenized_dataloader(store, batch_size=4, sequence_length=4, split="all", start_step=3)
+    assert all(equal(a, b) for a, b in zip(first[3:], list(resumed), strict=True))
+    assert resumed.step == len(loader)
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_frame_batches(make_store):
+    store = make_store(LENGTHS)
+    first = take(frame_batches(store, batch_size=3, num_frames=2, episodes=[1, 4], seed=0), 6)
+    for batch in first:
+        assert batch.frames.shape == (3, 2, 3, 4, 4)
+        marks = batch.frames[:, :, 0, 0, 0]
+        assert (marks[:, 1] - marks[:, 0] == 1).all()
+        assert set((marks[:, 0] // 10).tolist()) <= {1, 4}
+    again = take(frame_batches(store, batch_size=3, num_frames=2, episodes=[1, 4], seed=0, start_step=2), 4)
+    assert all(torch.equal(a.frames, b.frames) for a, b in zip(first[2:], again, strict=True))

@@ -1,0 +1,139 @@
+"""Open-loop dreams of recorded windows: what the world model makes of the same actions, of other actions, and how close it comes.
+
+Shape letters: B windows, T latent steps, F frames, P frames and actions per latent step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from dreamer.data import EpisodeStore, LatentStore, PretokenizedDataset
+from dreamer.data.pretokenized_dataset import Ids
+from dreamer.evaluation.video import (
+    COPY_LAST_FRAME,
+    RECONSTRUCTION,
+    SHUFFLED_ACTIONS,
+    TRUE_ACTIONS,
+    WorldModelResult,
+    copy_last_frame,
+    score_open_loop,
+)
+from dreamer.imagination import Sampler
+from dreamer.models import Agent
+from dreamer.types import Batch, Config, Tokenizer
+
+BATCH = 32  # windows that are dreamed or decoded at once
+
+
+class WorldModelEvaluationConfig(Config):
+    context: int = Field(default=8, ge=1)  # recorded latent steps before the dream
+    horizon: int = Field(default=16, ge=1)  # dreamed latent steps
+    num_windows: int = Field(default=64, ge=2)  # of held-out episodes
+    num_clips: int = Field(default=6, ge=1)  # kept as pictures for the report
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The same windows as frames and as latents; ``episodes`` says where each comes from."""
+
+    frames: UInt8[Tensor, "B F C H W"]
+    batch: Batch
+    episodes: Int[np.ndarray, " B"]
+
+
+def draw_windows(frames: EpisodeStore, latents: LatentStore, episodes: Ids, *, num_steps: int, num_windows: int, seed: int) -> Windows:
+    """``num_windows`` windows of ``num_steps`` latent steps, spread evenly over ``episodes``, at places that ``seed`` decides.
+
+    With a temporal stride above 1 every window begins at its episode's start, where decoding can begin. Raises ``ValueError`` if no
+    episode is long enough.
+    """
+    ids = np.asarray(episodes)
+    long = ids[latents.lengths[ids] >= num_steps]
+    if len(long) == 0:
+        longest = int(latents.lengths[ids].max(initial=0))
+        raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest held-out episode has {longest}")
+    rng = np.random.default_rng(seed)
+    if len(long) == 2:  # an odd number could not trade actions between the two
+        num_windows -= num_windows % 2
+    chosen = np.resize(rng.permutation(long), num_windows)
+    stride = latents.temporal_stride
+    starts = [int(rng.integers(latents.lengths[e] - num_steps + 1)) if stride == 1 else 0 for e in chosen]
+    rows = list(zip(chosen.tolist(), starts, strict=True))
+    pictures = [frames.frames(e, start, start + 1 + stride * (num_steps - 1)) for e, start in rows]
+    batch = PretokenizedDataset(latents, num_steps, long).batch(rows)
+    return Windows(torch.from_numpy(np.stack(pictures)), batch, chosen)
+
+
+def other_episodes(episodes: Int[np.ndarray, " B"], generator: torch.Generator) -> Int[Tensor, " B"]:
+    """For each row another one, of another episode; every row is chosen once. ``ValueError`` if one episode fills over half of them."""
+    by_episode = np.argsort(episodes, kind="stable")
+    most = int(np.unique(episodes, return_counts=True)[1].max())
+    count = len(episodes)
+    if 2 * most > count:
+        raise ValueError(f"{most} of {count} windows are of one episode; shuffling actions needs windows of several held-out episodes")
+    shift = int(torch.randint(most, count - most + 1, (), generator=generator))  # rows of one episode stand together in the sorted ring
+    other = np.empty(count, np.int64)
+    other[by_episode] = np.roll(by_episode, shift)
+    return torch.from_numpy(other)
+
+
+@torch.no_grad()
+def dream(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    batch: Batch,
+    context: int,
+    prev_actions: Float[Tensor, "B T P A"],
+    prev_action_mask: Bool[Tensor, "B T P"],
+    seed: int,
+) -> UInt8[Tensor, "B F C H W"]:
+    """Frames of the batch's first ``context`` latent steps, then of what the sampler dreams with the given actions."""
+    device = sampler.dynamics.device
+    clips = []
+    for start in range(0, len(batch.latents), BATCH):
+        rows = slice(start, start + BATCH)
+        generator = torch.Generator(device).manual_seed(seed + start)
+        past = batch.latents[rows, :context].to(device)
+        actions, known = prev_actions[rows].to(device), prev_action_mask[rows].to(device)
+        dreamed = sampler.generate(past, actions, known, task=batch.task[rows].to(device), generator=generator)
+        clips.append(tokenizer.decode(torch.cat([past, dreamed], dim=1)).cpu())
+    return torch.cat(clips)
+
+
+@torch.no_grad()
+def decode(tokenizer: Tokenizer, latents: Float[Tensor, "B T N Z"], device: torch.device) -> UInt8[Tensor, "B F C H W"]:
+    return torch.cat([tokenizer.decode(part.to(device)).cpu() for part in latents.split(BATCH)])
+
+
+@torch.no_grad()
+def predict(agent: Agent, tokenizer: Tokenizer, sampler: Sampler, windows: Windows, context: int, seed: int) -> dict[str, Tensor]:
+    """Whole clips by name (uint8, B F C H W); all but the reconstruction show the same context.
+
+    Shuffled: the actions after the context are those of another episode (left out where there is only one episode); both dreams
+    start from the same noise.
+    """
+    batch = windows.batch
+    first = 1 + tokenizer.temporal_stride * (context - 1)  # frames of the context
+    horizon = windows.frames.shape[1] - first
+    clips = {TRUE_ACTIONS: dream(sampler, tokenizer, batch, context, batch.prev_actions, batch.prev_action_mask, seed)}
+    if len(np.unique(windows.episodes)) > 1:
+        other = other_episodes(windows.episodes, torch.Generator().manual_seed(seed))
+        actions, known = batch.prev_actions.clone(), batch.prev_action_mask.clone()
+        actions[:, context:], known[:, context:] = actions[other, context:], known[other, context:]
+        clips[SHUFFLED_ACTIONS] = dream(sampler, tokenizer, batch, context, actions, known, seed)
+    clips[COPY_LAST_FRAME] = torch.cat([windows.frames[:, :first], copy_last_frame(windows.frames[:, :first], horizon)], dim=1)
+    clips[RECONSTRUCTION] = decode(tokenizer, batch.latents, agent.dynamics.device)
+    return clips
+
+
+def score(windows: Windows, predictions: dict[str, Tensor], *, context: int, stride: int, fps: float, seed: int) -> WorldModelResult:
+    """PSNR and SSIM of the frames after the context, with intervals over episodes."""
+    first = 1 + stride * (context - 1)
+    dreamed = {name: clip[:, first:] for name, clip in predictions.items()}
+    return score_open_loop(windows.frames[:, first:], dreamed, context=first, fps=fps, episode_ids=windows.episodes.tolist(), seed=seed)

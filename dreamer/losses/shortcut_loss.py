@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +23,10 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy, signal_idx, step
 class ShortcutForcingConfig(Config):
     bootstrap_fraction: float = Field(default=0.25, ge=0, le=1)  # rows that learn large steps from two half steps; the others learn d_min
     independent_fraction: float = Field(default=0.3, ge=0, le=1)  # rows whose steps are separate images, so that a video can start
-    context_fraction: float = Field(default=0.0, ge=0, le=1)  # steps shown as the sampler shows its past: at context_signal, with d_min
+    # Steps shown as the sampler shows its past, at context_signal with d_min. "random": this share of the steps, each drawn alone.
+    # "alternating": every other step, in this share of the rows, so that most noisy steps follow a clear one.
+    context_fraction: float = Field(default=0.0, ge=0, le=1)
+    context_pattern: Literal["random", "alternating"] = "random"
     ramp_floor: float = Field(default=0.1, gt=0, le=1)  # weight at tau = 0; small deterministic worlds learn their actions faster with more
     context_signal: float = Field(
         default=0.9, gt=0, lt=1
@@ -89,12 +93,20 @@ class ShortcutForcingLoss:
         step_idx[num_flow:] = torch.randint(0, self.finest_idx, (batch - num_flow, time), generator=generator, device=device)
         signal_idx = flow.sample_signal_idx(step_idx, self.max_steps, generator)
         if self.config.context_fraction > 0:
-            is_context = torch.rand((batch, time), generator=generator, device=device) < self.config.context_fraction
+            is_context = self._context_steps(batch, time, generator, device)
             step_idx[is_context] = self.finest_idx
             signal_idx[is_context] = flow.signal_index(self.config.context_signal, self.max_steps)
         noise = torch.randn(latents.shape, generator=generator, device=device, dtype=latents.dtype)
         noisy = flow.add_noise(latents, noise, signal_idx / self.max_steps)
         return Corrupted(latents, noisy, signal_idx, step_idx, num_flow)
+
+    def _context_steps(self, batch: int, time: int, generator: torch.Generator | None, device: torch.device) -> Bool[Tensor, "B T"]:
+        """Which steps stand as the sampler's past does."""
+        if self.config.context_pattern == "random":
+            return torch.rand((batch, time), generator=generator, device=device) < self.config.context_fraction
+        first = torch.randint(0, 2, (batch, 1), generator=generator, device=device)
+        chosen = torch.rand((batch, 1), generator=generator, device=device) < self.config.context_fraction
+        return ((torch.arange(time, device=device) + first) % 2 == 0) & chosen
 
     def _num_bootstrap(self, batch: int, generator: torch.Generator | None, device: torch.device) -> int:
         """``bootstrap_fraction`` of the rows; what is left of a row is drawn, or else small batches would never bootstrap."""

@@ -27,7 +27,6 @@ class TransformerConfig(Config):
     num_heads: int = Field(default=4, ge=1)
     num_kv_heads: int = Field(default=4, ge=1)  # fewer than num_heads: grouped-query attention
     time_every: int = Field(default=4, ge=0)  # every n-th layer attends over time; 0: none does
-    time_first: bool = False  # the first of every n layers instead of the last: small models see the past from the start
     mlp_ratio: float = Field(default=8 / 3, gt=0)  # hidden width of the SwiGLU, in widths
     logit_softcap: float | None = Field(default=50.0, gt=0)  # null: none, and the fused attention kernel is used
     context_length: int = Field(default=64, ge=1)  # C: a step sees itself and the C - 1 steps before it
@@ -222,8 +221,8 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, token_angles: Float[Tensor, "S half"]) -> None:
         super().__init__()
         self.config = config
-        every, place = config.time_every, 0 if config.time_first else config.time_every - 1
-        self.layers = nn.ModuleList(Layer(config, every > 0 and i % every == place) for i in range(config.num_layers))
+        every = config.time_every
+        self.layers = nn.ModuleList(Layer(config, every > 0 and i % every == every - 1) for i in range(config.num_layers))
         self.norm = RMSNorm(config.width)
         self.register_buffer("space_cos", token_angles.cos().float(), persistent=False)
         self.register_buffer("space_sin", token_angles.sin().float(), persistent=False)

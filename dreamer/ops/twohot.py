@@ -18,23 +18,28 @@ def symexp(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
-def twohot_encode(x: Float[Tensor, "*S"], low: float, high: float, num_bins: int) -> Float[Tensor, "*S Q"]:
-    """Weights of the two bins around symlog(x), on ``num_bins`` bins evenly spaced in [low, high] (symlog units).
+def symexp_bins(low: float, high: float, num_bins: int, device: torch.device | None = None) -> Float[Tensor, " Q"]:
+    """Scalars that the bins stand for: evenly spaced in [low, high] in symlog units, so dense around zero."""
+    return symexp(torch.linspace(low, high, num_bins, device=device, dtype=torch.float32))
 
-    Every row sums to 1 and, as long as symlog(x) lies within the range, its mean bin is symlog(x) exactly; values outside are
-    clamped to the end bins.
+
+def twohot_encode(x: Float[Tensor, "*S"], low: float, high: float, num_bins: int) -> Float[Tensor, "*S Q"]:
+    """Weights of the two bins around x, for bins evenly spaced in [low, high] in symlog units.
+
+    Every row sums to 1 and its mean bin is x exactly, so that the code of a random scalar's mean is the mean of its codes; values
+    outside the range are clamped to the end bins.
     """
-    position = (symlog(x).clamp(low, high) - low) / (high - low) * (num_bins - 1)
-    below = position.floor().clamp(max=num_bins - 2)
-    above_weight = (position - below).unsqueeze(-1)
-    index = below.long()
+    bins = symexp_bins(low, high, num_bins, x.device)
+    x = x.float().clamp(bins[0].item(), bins[-1].item())
+    index = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, num_bins - 2)
+    above_weight = ((x - bins[index]) / (bins[index + 1] - bins[index])).unsqueeze(-1)
     return F.one_hot(index, num_bins) * (1 - above_weight) + F.one_hot(index + 1, num_bins) * above_weight
 
 
 def twohot_decode(logits: Float[Tensor, "*S Q"], low: float, high: float) -> Float[Tensor, "*S"]:
-    """The scalar that bin logits stand for: symexp of the mean bin."""
-    bins = torch.linspace(low, high, logits.shape[-1], device=logits.device, dtype=torch.float32)
-    return symexp((logits.float().softmax(-1) * bins).sum(-1))
+    """The scalar that bin logits stand for: the mean of the bins. Opposite bins are added first, so that equal logits give 0."""
+    weighted = logits.float().softmax(-1) * symexp_bins(low, high, logits.shape[-1], logits.device)
+    return (weighted + weighted.flip(-1)).sum(-1) / 2
 
 
 def twohot_cross_entropy(logits: Float[Tensor, "*S Q"], targets: Float[Tensor, "*S"], low: float, high: float) -> Float[Tensor, "*S"]:

@@ -46,7 +46,7 @@ def test_an_empty_mask_gives_zero_and_no_gradient() -> None:
 
 def test_reward_loss_by_hand() -> None:
     logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(1, 1, 2, 3)  # bins at -1, 0, 1 in symlog units
-    rewards = torch.tensor([[[math.exp(0.5) - 1, math.e - 1]]])  # codes (0, 1/2, 1/2) and (0, 0, 1)
+    rewards = torch.tensor([[[0.5 * (math.e - 1), math.e - 1]]])  # codes (0, 1/2, 1/2) and (0, 0, 1)
     costs = [-(0.5 * math.log(0.3) + 0.5 * math.log(0.5)), -math.log(0.5)]
     both = torch.ones(1, 1, 2, dtype=torch.bool)
     assert reward_loss(logits, rewards, both, 1.0).item() == pytest.approx(sum(costs) / 2)

@@ -284,3 +284,17 @@ def test_bfloat16_latents_give_a_float32_loss() -> None:
     value, _ = loss(torch.zeros(4, 3, 2, 2), corrupted, lambda z, *_: torch.zeros(z.shape))
     assert value.dtype == torch.float32
     assert torch.isfinite(value)
+
+
+def test_alternating_context_is_every_other_step_of_its_rows() -> None:
+    loss = make_loss(context_fraction=0.5, context_pattern="alternating", bootstrap_fraction=0.0)
+    corrupted = loss.corrupt(torch.zeros(400, 6, 1, 1), torch.Generator().manual_seed(0))
+    context_idx = flow.signal_index(loss.config.context_signal, loss.max_steps)
+    is_context = corrupted.signal_idx == context_idx
+    even, odd = is_context[:, ::2].all(1), is_context[:, 1::2].all(1)
+    assert 0.4 < (even | odd).float().mean() < 0.62  # half of the rows, and a few by chance
+    assert even.any() and odd.any()
+    other = is_context[~(even | odd)]
+    assert other.float().mean() < 0.35
+
+

@@ -31,15 +31,15 @@ def test_symexp_inverts_symlog(value: float) -> None:
         (0.0, [0, 0, 1, 0, 0]),
         (E1, [0, 0, 0, 1, 0]),
         (-E1, [0, 1, 0, 0, 0]),
-        (math.exp(0.25) - 1, [0, 0, 0.75, 0.25, 0]),
-        (1 - math.exp(1.5), [0.5, 0.5, 0, 0, 0]),
+        (0.25 * E1, [0, 0, 0.75, 0.25, 0]),
+        (-0.5 * (E1 + math.exp(2) - 1), [0.5, 0.5, 0, 0, 0]),
         (math.exp(2) - 1, [0, 0, 0, 0, 1]),
         (1e9, [0, 0, 0, 0, 1]),  # outside the range: the end bins
         (-1e9, [1, 0, 0, 0, 0]),
     ],
 )
 def test_code_table(value: float, code: list[float]) -> None:
-    """Five bins at -2, -1, 0, 1, 2 in symlog units."""
+    """Five bins at -2, -1, 0, 1, 2 in symlog units: -(e^2 - 1), -(e - 1), 0, e - 1, e^2 - 1. Weights are linear between bins."""
     torch.testing.assert_close(twohot_encode(torch.tensor(value), -2.0, 2.0, 5), torch.tensor(code, dtype=torch.float32), rtol=0, atol=1e-5)
 
 
@@ -61,13 +61,19 @@ def test_decode_inverts_encode(value: float) -> None:
     torch.testing.assert_close(decoded, torch.tensor([value]), rtol=1e-3, atol=1e-4)
 
 
+def test_a_reward_half_the_time_decodes_to_one_half() -> None:
+    """The head learns the mean of its targets' codes; its decoded value must be the mean of the targets, not of their symlogs."""
+    code = twohot_encode(torch.tensor([0.0, 1.0]), -3.0, 3.0, 41).mean(0)
+    torch.testing.assert_close(twohot_decode(code.clamp(min=1e-30).log(), -3.0, 3.0), torch.tensor(0.5), rtol=0, atol=1e-5)
+
+
 def test_equal_logits_decode_to_zero() -> None:
     torch.testing.assert_close(twohot_decode(torch.zeros(3, 255), -20.0, 20.0), torch.zeros(3), rtol=0, atol=1e-4)
 
 
 def test_cross_entropy_by_hand() -> None:
-    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()  # bins at -3, -1, 1, 3
-    target = torch.tensor([math.exp(0.5) - 1])  # symlog 0.5: a quarter of bin -1, three quarters of bin 1
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log()  # bins at -3, -1, 1, 3 in symlog units
+    target = torch.tensor([0.5 * E1])  # a quarter of the bin -(e - 1), three quarters of the bin e - 1
     expected = -(0.25 * math.log(0.2) + 0.75 * math.log(0.3))
     torch.testing.assert_close(twohot_cross_entropy(logits, target, -3.0, 3.0), torch.tensor([expected]))
 

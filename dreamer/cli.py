@@ -1,0 +1,159 @@
+"""``dreamer``: the verbs. Bad input ends with one line and exit code 2, an interruption with 130; running a verb again goes on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import webbrowser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import dreamer
+
+PRESETS = Path(__file__).parent / "presets"
+PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"dreamer: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _parse(words)
+        return arguments.verb(arguments, shlex.join(["dreamer", *words]))
+    except SystemExit as done:  # --help, --version, or a word that the parser does not know
+        return done.code if isinstance(done.code, int) else 2
+    except KeyboardInterrupt:
+        print("\ndreamer: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if os.environ.get("DREAMER_TRACEBACK"):
+            raise
+        print(f"dreamer: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split())
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    # argparse takes key=value words only where they stand together; they may stand anywhere
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if strange:
+        parser.error(f"unrecognized argument {strange[0]!r}; settings are given as key=value")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="dreamer", description="Dreamer 4: a world model from recordings, and an agent that learns inside it.")
+    parser.add_argument("--version", action="version", version=f"dreamer {dreamer.__version__}")
+    verbs = parser.add_subparsers(metavar="verb", required=True)
+
+    def add(name: str, verb: Callable[..., int], text: str, where: Any = verbs, preset: str | None = None) -> Parser:
+        own = where.add_parser(name, help=text, description=text)
+        own.set_defaults(verb=verb)
+        source = own.add_mutually_exclusive_group()
+        source.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML")
+        source.add_argument("--preset", choices=presets(), default=None, help=f"settings that come with the package (default: {preset})")
+        own.set_defaults(default_preset=preset)
+        own.add_argument("overrides", nargs="*", metavar="key=value", help="single settings, such as seed=1 or phase1.train.steps=100")
+        return own
+
+    demo = add("demo", _demo, "Everything once, from recording to a report that a browser shows.", preset="demo")
+    demo.add_argument("--open", action="store_true", help="open the report in a browser, if there is a display")
+    add("record", _stage("record"), "Play, and write what was seen and done as episodes (or import data.recordings).")
+    train = verbs.add_parser("train", help="Train one part.", description="Train one part. Running it again resumes.")
+    parts = train.add_subparsers(metavar="part", required=True)
+    for phase in PHASES:
+        add(phase, _stage(phase), f"Train {phase}.", parts)
+    add("pretokenize", _stage("pretokenize"), "Encode all episodes with the trained tokenizer.")
+    evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
+    what = evaluate.add_subparsers(metavar="what", required=True)
+    add("world-model", _stage("evaluate world-model"), "Open-loop dreams of held-out episodes against the truth.", what)
+    add("agent", _stage("evaluate agent"), "Returns in the real environment, with baselines.", what)
+    add("report", _stage("report"), "Put what a run holds on one page.")
+    add("config", _show_config, "Print the complete settings as YAML.")
+    imports = verbs.add_parser("import", help="Recordings to an episode store.", description="Recordings to an episode store.")
+    imports.add_argument("path", type=Path, help="folder or file with recordings")
+    imports.add_argument("--reader", required=True, help="their format")
+    imports.add_argument("--out", type=Path, required=True, help="folder of the store; made, or appended to")
+    imports.set_defaults(verb=_import)
+    return parser
+
+
+def presets() -> list[str]:
+    """Names of the settings that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _load(arguments: argparse.Namespace):
+    from dreamer.config import DreamerConfig, load_config  # PyTorch takes seconds to import: not for --help
+
+    preset = arguments.preset or arguments.default_preset
+    path = arguments.config or (PRESETS / f"{preset}.yaml" if preset else None)
+    if path is None and not arguments.overrides:
+        raise ValueError("no settings: give --config FILE, --preset NAME or key=value words; dreamer config prints all that there are")
+    return load_config(DreamerConfig, path, arguments.overrides)
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
+    def verb(arguments: argparse.Namespace, command: str) -> int:
+        from dreamer.pipeline import Run, run_stage
+
+        run = Run(_load(arguments), command)
+        did_work = run_stage(run, name)
+        print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
+        return 0
+
+    return verb
+
+
+def _demo(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.pipeline import Run, run_all
+    from dreamer.pipeline.summary import key_figures
+
+    run = Run(_load(arguments), command)
+    run_all(run, lambda text: print(text, flush=True))
+    print("\n".join(["", *key_figures(run), "", f"report: {run.report_path.resolve()}"]))
+    if arguments.open and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(run.report_path.resolve().as_uri())
+    return 0
+
+
+def _show_config(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.config import DreamerConfig, config_text, load_config
+
+    nothing = not (arguments.config or arguments.preset or arguments.overrides)
+    print(config_text(load_config(DreamerConfig) if nothing else _load(arguments)), end="")
+    return 0
+
+
+def _import(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.data import import_recordings
+
+    report = import_recordings(arguments.path, arguments.out, arguments.reader)
+    known = f", {report.num_known} were there already" if report.num_known else ""
+    print(f"{report.path}: {report.num_episodes} episodes with {report.num_frames} frames added{known}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

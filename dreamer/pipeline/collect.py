@@ -1,0 +1,113 @@
+"""Recordings to episodes, episodes to latents."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from dreamer.data import EpisodeStore, LatentStore, import_recordings, pretokenize
+from dreamer.data.shards import STORE_FILE
+from dreamer.envs import make_player
+from dreamer.evaluation.agent import PolicyPlayer
+from dreamer.imagination import AgentPolicy, SamplerConfig
+from dreamer.imagination.policy import Mode
+from dreamer.pipeline.run import Run
+from dreamer.training.models_io import load_agent, load_tokenizer
+from dreamer.training.record import record
+from dreamer.types import Player
+
+BATCH_FRAMES = 256  # that the tokenizer encodes at once
+
+
+def record_episodes(run: Run) -> bool:
+    """Fill the run's episode store: from the recordings that ``data.recordings`` names, or by recording the players."""
+    config = run.config
+    before = _count(run.episodes_path)
+    if config.data.recordings is not None:
+        recordings = config.data.recordings
+        if recordings.reader == "store":
+            run.episodes()
+            return False
+        with _bar("import") as bar:
+            import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, **recordings.options)
+    else:
+        assert config.env is not None  # the config's validator
+        players = [(player.name, player.options, player.fraction) for player in config.record.players]
+        with _bar("record") as bar:
+            record(
+                config.env.name,
+                config.env.options,
+                players,
+                run.episodes_path,
+                config.record.num_episodes,
+                config.seed,
+                player_maker=make_any_player,
+                progress=bar,
+            )
+    run.save_config()
+    return _count(run.episodes_path) > before
+
+
+def make_any_player(name: str, env_name: str, **options: Any) -> Player:
+    """The players of ``dreamer.envs``, and ``agent``: a trained one, by ``checkpoint`` and ``tokenizer`` (folders) and ``mode``."""
+    if name != "agent":
+        return make_player(name, env_name, **options)
+    expected = {"checkpoint", "tokenizer"}
+    if not expected <= options.keys() <= expected | {"mode"}:
+        raise ValueError(f"player 'agent' has the options {sorted(options)}; expected checkpoint, tokenizer and, if wanted, mode")
+    mode: Mode = options.get("mode", "sampled")
+    if mode not in ("sampled", "argmax"):
+        raise ValueError(f"player 'agent': mode is {mode!r}; expected sampled or argmax")
+    tokenizer = load_tokenizer(Path(options["tokenizer"]))
+    agent, info = load_agent(Path(options["checkpoint"]))
+    if info["tokenizer"] != tokenizer.fingerprint():
+        raise ValueError(f"{options['checkpoint']}: was trained on latents of another tokenizer than {options['tokenizer']}")
+    return PolicyPlayer(AgentPolicy(agent, tokenizer, SamplerConfig(num_steps=1), mode=mode, name=f"agent-{info['phase']}-{mode}"))
+
+
+def pretokenize_latents(run: Run) -> bool:
+    """Encode every episode with the run's tokenizer; goes on where an earlier call stopped."""
+    store, tokenizer = run.episodes(), run.tokenizer()
+    before = len(LatentStore(run.latents_path)) if (run.latents_path / STORE_FILE).exists() else 0
+    encoder = tokenizer.config.encoder
+    # a segment begins with as much past as its first kept frame can see through all time layers
+    time_layers = encoder.num_layers // encoder.time_every if encoder.time_every else 0
+    overlap = time_layers * (encoder.context_length - 1)
+    with _bar("pretokenize") as bar:
+        pretokenize(
+            store,
+            tokenizer,
+            run.latents_path,
+            batch_frames=max(BATCH_FRAMES, 2 * (overlap + 1)),
+            overlap_steps=overlap,
+            device=run.device,
+            progress=bar,
+        )
+    return len(LatentStore(run.latents_path)) > before
+
+
+def _count(path: Path) -> int:
+    return len(EpisodeStore(path)) if (path / STORE_FILE).exists() else 0
+
+
+class _bar:
+    """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
+
+    def __init__(self, name: str) -> None:
+        console = Console(file=sys.stderr)
+        self._progress = Progress(console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task(name, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> _bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

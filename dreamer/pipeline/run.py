@@ -1,0 +1,168 @@
+"""One run directory: where things are, and what was spent on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamer import __version__
+from dreamer.config import DreamerConfig, save_config
+from dreamer.data import EpisodeStore, LatentStore, split_episodes
+from dreamer.data.pretokenized_dataset import Ids
+from dreamer.evaluation.media import write_atomic
+from dreamer.models import Agent, CausalTokenizer
+from dreamer.training.checkpoint import list_checkpoints, read_json
+from dreamer.training.models_io import load_agent, load_tokenizer
+
+
+class Run:
+    """The folder ``config.run_dir``::
+
+    config.yaml      what it was made with, every value
+    episodes/        recordings            latents/   the same through the tokenizer
+    tokenizer/ phase1/ phase2/ bc_long/ phase3/       one training each: checkpoints/, metrics.jsonl, media/, tensorboard/
+    evaluation/      results as JSON, and run.json: time and memory of every stage
+    report.html
+    """
+
+    def __init__(self, config: DreamerConfig, command: str = "") -> None:
+        self.config, self.command = config, command
+        self.path = config.run_dir
+        self.device = _device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+
+    @property
+    def episodes_path(self) -> Path:
+        recordings = self.config.data.recordings
+        return recordings.path if recordings and recordings.reader == "store" else self.path / "episodes"
+
+    @property
+    def latents_path(self) -> Path:
+        return self.path / "latents"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    def save_config(self) -> None:
+        """Write config.yaml. Stages call it once they know that they will go on with what is there."""
+        save_config(self.config, self.path / "config.yaml")
+
+    def seed(self, *key: object) -> int:
+        """A seed (31 bits) for one purpose, from the run's."""
+        digest = hashlib.blake2b(repr((self.config.seed, *key)).encode(), digest_size=4).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    # What earlier stages made; each ValueError says which command makes it.
+
+    def episodes(self) -> EpisodeStore:
+        return EpisodeStore(self._existing(self.episodes_path, "record"))
+
+    def latents(self, tokenizer: CausalTokenizer) -> LatentStore:
+        """The latents, all episodes of them, made by this tokenizer."""
+        store = LatentStore(self._existing(self.latents_path, "pretokenize"))
+        store.check_tokenizer(tokenizer.fingerprint())
+        if len(store) != len(self.episodes()):
+            raise ValueError(f"{store.path}: {len(store)} of {len(self.episodes())} episodes are pretokenized; run: dreamer pretokenize")
+        return store
+
+    def split(self, num_episodes: int) -> tuple[Ids, Ids]:
+        """Episodes that train, and episodes that are held out."""
+        return split_episodes(num_episodes, self.config.data.val_fraction)
+
+    def tokenizer(self) -> CausalTokenizer:
+        self.require_finished("tokenizer", self.config.phase0.train.steps)
+        return load_tokenizer(self.path / "tokenizer", self.device)
+
+    def agent(self, phase: str, tokenizer: CausalTokenizer, steps: int | None = None) -> Agent:
+        """The agent that ``phase`` made, for latents of ``tokenizer``. ``steps``: how many that phase has to have behind it."""
+        self.require_finished(phase, steps)
+        agent, info = load_agent(self.path / phase, self.device, self.config.agent)
+        if info["tokenizer"] != tokenizer.fingerprint():
+            raise ValueError(f"{self.path / phase}: was trained on latents of another tokenizer; train it in another run_dir")
+        return agent
+
+    def has(self, phase: str) -> bool:
+        return bool(list_checkpoints(self.path / phase))
+
+    def require_finished(self, phase: str, steps: int | None) -> None:
+        found = list_checkpoints(self.path / phase)
+        if not found:
+            raise ValueError(f"{self.path / phase}: holds no checkpoint; run first: dreamer train {phase}")
+        if steps is not None and found[-1][0] < steps:
+            raise ValueError(f"{self.path / phase}: is at step {found[-1][0]} of {steps}; run again to finish it: dreamer train {phase}")
+
+    def _existing(self, path: Path, verb: str) -> Path:
+        if not path.is_dir():
+            raise ValueError(f"{path}: does not exist; run first: dreamer {verb}")
+        return path
+
+    # What was spent.
+
+    def spent(self) -> dict[str, Any]:
+        """``evaluation/run.json``: command, hardware, and by stage the seconds and the peak memory in MB."""
+        path = self.evaluation_path / "run.json"
+        return read_json(path) if path.exists() else {"stages": {}}
+
+    def seconds(self, stage: str) -> float:
+        """Time that all calls of a stage took together. ``ValueError`` if it was never run."""
+        stages = self.spent()["stages"]
+        if stage not in stages:
+            raise ValueError(f"{self.evaluation_path / 'run.json'}: knows no time for {stage}; run it first, or set bc_long.extra_steps")
+        return float(stages[stage]["seconds"])
+
+    def add_spent(self, stage: str, seconds: float) -> None:
+        """Add to a stage's time. Memory is the peak of the process so far."""
+        spent = self.spent()
+        before = spent["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
+        now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": max(before["peak_memory_mb"], peak_memory_mb())}
+        write_json(
+            self.evaluation_path / "run.json",
+            {"command": self.command, "hardware": hardware(self.device), "stages": spent["stages"] | {stage: now}},
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts = {"CPU": f"{cores} cores, {_cpu_name()}", "threads": str(torch.get_num_threads()), "system": platform.platform(terse=True)}
+    if device.type == "cuda":
+        facts["GPU"] = torch.cuda.get_device_name(device)
+    return facts | {"Python": platform.python_version(), "PyTorch": torch.__version__, "dreamer": __version__}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but PyTorch sees no CUDA device here; set device=cpu or device=auto")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)

@@ -1,0 +1,49 @@
+"""The stages of a run in their order. Each can be called again at any time: it goes on where it stopped, or does nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from dreamer.pipeline.collect import pretokenize_latents, record_episodes
+from dreamer.pipeline.evaluate import evaluate_agent, evaluate_world_model
+from dreamer.pipeline.report import write_run_report
+from dreamer.pipeline.run import Run
+from dreamer.pipeline.train import train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
+
+# phase 3 before the baseline that must train for as long
+STAGES: dict[str, Callable[[Run], bool]] = {
+    "record": record_episodes,
+    "tokenizer": train_tokenizer,
+    "pretokenize": pretokenize_latents,
+    "phase1": train_phase1,
+    "phase2": train_phase2,
+    "phase3": train_phase3,
+    "bc_long": train_bc_long,
+    "evaluate world-model": evaluate_world_model,
+    "evaluate agent": evaluate_agent,
+    "report": write_run_report,
+}
+
+
+def run_stage(run: Run, name: str) -> bool:
+    """Run one stage and note its time, also if it is interrupted. Returns whether there was anything left to do."""
+    began = time.monotonic()
+    try:
+        did_work = STAGES[name](run)
+    except KeyboardInterrupt:
+        run.add_spent(name, time.monotonic() - began)
+        raise
+    if did_work:
+        run.add_spent(name, time.monotonic() - began)
+    return did_work
+
+
+def run_all(run: Run, say: Callable[[str], None]) -> None:
+    """Every stage in order, from recording to report. ``say`` is told what begins and how long it took."""
+    for number, name in enumerate(STAGES, start=1):
+        began = time.monotonic()
+        say(f"[{number}/{len(STAGES)}] {name}")
+        did_work = run_stage(run, name)
+        took = f"{time.monotonic() - began:.1f} s"
+        say(f"[{number}/{len(STAGES)}] {name}: {took if did_work else 'already done'}")

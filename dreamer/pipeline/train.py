@@ -1,0 +1,220 @@
+"""The trainings of a run. Each function goes on where it stopped, and returns whether there was anything left to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamer.data import LatentStore, PretokenizedDataset, batches, frame_batches
+from dreamer.data.pretokenized_dataset import Ids
+from dreamer.evaluation.open_loop import draw_windows
+from dreamer.imagination import Sampler
+from dreamer.models import Agent, CausalTokenizer
+from dreamer.pipeline.run import Run
+from dreamer.training import validation
+from dreamer.training.checkpoint import list_checkpoints, read_json
+from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer
+from dreamer.training.models_io import agent_info, tokenizer_info, weights_fingerprint
+from dreamer.training.phase0 import Phase0, make_perceptual
+from dreamer.training.phase1 import Phase1
+from dreamer.training.phase2 import Phase2, Phase2Config, relevant_episodes
+from dreamer.training.phase3 import Phase3
+from dreamer.types import Batch, Config
+
+NUM_VAL_FRAMES = 128
+NUM_DREAMS = 4  # windows that are dreamed in a validation
+
+
+def train_tokenizer(run: Run) -> bool:
+    """Phase 0."""
+    config, store = run.config.phase0, run.episodes()
+    train_ids, val_ids = run.split(len(store))
+    num_rows = max(1, NUM_VAL_FRAMES // config.num_frames)
+
+    def frames(ids: Ids, count: int, purpose: str) -> Iterator[Tensor]:
+        stream = frame_batches(store, batch_size=32, num_frames=config.num_frames, episodes=ids, seed=run.seed(purpose), prefetch=0)
+        for _ in range(-(-count // 32)):
+            yield next(stream).frames
+
+    def stream(start: int) -> Stream:
+        return frame_batches(
+            store,
+            batch_size=config.train.batch_size,
+            num_frames=config.num_frames,
+            episodes=train_ids,
+            seed=run.seed("tokenizer"),
+            start_step=start,
+        )
+
+    torch.manual_seed(run.seed("tokenizer"))
+    channels, height, width = store.frame_shape
+    tokenizer = CausalTokenizer(run.config.tokenizer, (channels, height, width)).to(run.device)
+    num_normalization = -(-config.normalization_frames // config.num_frames)
+    phase = Phase0(
+        tokenizer, config, lambda: frames(train_ids, num_normalization, "normalization"), make_perceptual(config, run.device)
+    ).to(run.device)
+    held_out = torch.cat(list(frames(val_ids, num_rows, "validation")))
+    settings = {"phase0": _json(config), "tokenizer": _json(run.config.tokenizer), "data": _data(run, store.fingerprint())}
+    hook = validation.validate_tokenizer(phase, held_out)
+    return _train(run, "tokenizer", phase, config.train, settings, tokenizer_info(tokenizer), stream, hook)
+
+
+def train_phase1(run: Run) -> bool:
+    """Phase 1: the dynamics, from its initial weights."""
+    config, tokenizer = run.config.phase1, run.tokenizer()
+    latents = run.latents(tokenizer)
+    torch.manual_seed(run.seed("phase1"))
+    agent = Agent(
+        run.config.agent,
+        action_space=latents.action_space,
+        token_grid=latents.token_grid,
+        latent_channels=latents.latent_channels,
+        actions_per_step=latents.temporal_stride,
+    )
+    phase = Phase1(agent, config.shortcut).to(run.device)
+    data = _Data(run, latents, config.sequence_length)
+    hook = validation.all_of(
+        validation.validate_world_model(phase, data.held_out(config.train.batch_size), run.seed("validation")),
+        _dream_hook(run, agent, tokenizer, latents),
+    )
+    settings = _settings(run, "phase1", config, latents)
+    info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase1")
+    return _train(run, "phase1", phase, config.train, settings, info, data.stream("phase1", config.train.batch_size), hook)
+
+
+def train_phase2(run: Run) -> bool:
+    """Phase 2, from phase 1's averaged weights."""
+    config = run.config.phase2
+    return _train_phase2(run, "phase2", "phase1", run.config.phase1.train.steps, config)
+
+
+def train_bc_long(run: Run) -> bool:
+    """The baseline of phase 3: phase 2 again, from phase 2's averaged weights, for at least as many steps and as long as phase 3."""
+    config = run.config.phase2
+    train = config.train.model_copy(update={"steps": _extra_steps(run)})
+    return _train_phase2(run, "bc_long", "phase2", config.train.steps, config.model_copy(update={"train": train}))
+
+
+def _extra_steps(run: Run) -> int:
+    if run.config.bc_long.extra_steps is not None:
+        return run.config.bc_long.extra_steps
+    if found := list_checkpoints(run.path / "bc_long"):  # already begun: measuring again could give another number
+        return int(read_json(found[-1][1] / "state.json")["settings"]["bc_long"]["train"]["steps"])
+    run.require_finished("phase3", run.config.phase3.train.steps)
+    seconds_a_step = run.seconds("phase2") / run.config.phase2.train.steps
+    return max(run.config.phase3.train.steps, math.ceil(run.seconds("phase3") / seconds_a_step))
+
+
+def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Phase2Config) -> bool:
+    tokenizer = run.tokenizer()
+    latents = run.latents(tokenizer)
+    agent = run.agent(start, tokenizer, start_steps)
+    phase = Phase2(agent, config.shortcut, config.loss).to(run.device)
+    data = _Data(run, latents, config.sequence_length)
+    returns = run.episodes().returns
+    relevant = relevant_episodes(returns, np.asarray(data.train_ids), config.relevant)
+    held_out = data.held_out(config.train.batch_size)
+    hook = validation.all_of(
+        validation.validate_world_model(phase, held_out, run.seed("validation")),
+        validation.validate_heads(phase, data.held_out(config.train.batch_size, returns, config), run.seed("validation")),
+    )
+    settings = _settings(run, name, config, latents, weights_fingerprint(run.path / start))
+    info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase=name)
+    stream = data.stream(name, config.train.batch_size, config.relevant.fraction, relevant)
+    return _train(run, name, phase, config.train, settings, info, stream, hook)
+
+
+def train_phase3(run: Run) -> bool:
+    """Phase 3: policy and value in imagination, from phase 2's averaged weights."""
+    config, tokenizer = run.config.phase3, run.tokenizer()
+    latents = run.latents(tokenizer)
+    agent = run.agent("phase2", tokenizer, run.config.phase2.train.steps)
+    phase = Phase3(agent, config.imagination).to(run.device)
+    data = _Data(run, latents, config.imagination.rollout.context)
+    hook = validation.validate_imagination(phase, data.held_out(config.train.batch_size), run.seed("validation"))
+    settings = _settings(run, "phase3", config, latents, weights_fingerprint(run.path / "phase2"))
+    info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase3")
+    return _train(run, "phase3", phase, config.train, settings, info, data.stream("phase3", config.train.batch_size), hook)
+
+
+class _Data:
+    """Windows of the run's latents: streams for training, fixed batches for validation."""
+
+    def __init__(self, run: Run, latents: LatentStore, sequence_length: int) -> None:
+        self.run, self.latents, self.sequence_length = run, latents, sequence_length
+        self.train_ids, self.val_ids = run.split(len(latents))
+
+    def stream(self, name: str, batch_size: int, relevant_fraction: float = 0.0, relevant: Ids | None = None) -> Callable[[int], Stream]:
+        dataset = PretokenizedDataset(self.latents, self.sequence_length, self.train_ids)
+        return lambda start: batches(
+            dataset,
+            batch_size=batch_size,
+            seed=self.run.seed(name),
+            start_step=start,
+            relevant_fraction=relevant_fraction,
+            relevant_episodes=relevant,
+        )
+
+    def held_out(self, batch_size: int, returns: np.ndarray | None = None, config: Phase2Config | None = None) -> list[Batch]:
+        """The same batches every time. With ``returns``: rows of relevant episodes alone."""
+        ids, fraction = self.val_ids, 0.0
+        if returns is not None and config is not None:
+            ids, fraction = relevant_episodes(returns, np.asarray(ids), config.relevant), 1.0
+        dataset = PretokenizedDataset(self.latents, self.sequence_length, ids)
+        stream = batches(
+            dataset, batch_size=batch_size, seed=self.run.seed("validation"), relevant_fraction=fraction, relevant_episodes=ids, prefetch=0
+        )
+        return [next(stream) for _ in range(self.run.config.data.num_val_batches)]
+
+
+def _dream_hook(run: Run, agent: Agent, tokenizer: CausalTokenizer, latents: LatentStore) -> validation.Hook:
+    config, store = run.config.evaluation, run.episodes()
+    windows = draw_windows(
+        store,
+        latents,
+        run.split(len(latents))[1],
+        num_steps=config.world_model.context + config.world_model.horizon,
+        num_windows=NUM_DREAMS,
+        seed=run.seed("dreams"),
+    )
+    sampler = Sampler(agent.dynamics, config.sampler)
+    return validation.validate_dreams(
+        agent, sampler, tokenizer, windows, context=config.world_model.context, fps=store.fps, seed=run.seed("dreams")
+    )
+
+
+def _json(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _data(run: Run, fingerprint: str) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "val_fraction": run.config.data.val_fraction}
+
+
+def _settings(run: Run, name: str, config: Config, latents: LatentStore, start: str | None = None) -> dict[str, Any]:
+    """All that decides how the weights of a phase come out: a run is resumed with the same, or not at all."""
+    data = _data(run, latents.source_fingerprint) | {"tokenizer": latents.tokenizer_fingerprint}
+    return {name: _json(config), "agent": _json(run.config.agent), "data": data, "initial_weights": start}
+
+
+def _train(
+    run: Run,
+    name: str,
+    phase: Phase,
+    config: TrainConfig,
+    settings: dict[str, Any],
+    info: dict[str, Any],
+    stream: Callable[[int], Stream],
+    hook: validation.Hook,
+) -> bool:
+    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info)
+    if trainer.step >= config.steps:
+        return False
+    run.save_config()
+    trainer.run(stream, hook)
+    return True

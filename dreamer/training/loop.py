@@ -1,0 +1,230 @@
+"""The training loop: the only place that steps an optimiser. All phases run through it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dreamer.training.checkpoint import list_checkpoints, load_weights, read_json, read_tensors, save_checkpoint
+from dreamer.training.logging import RunLogger
+from dreamer.training.optim import (
+    OptimConfig,
+    learning_rate_scale,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from dreamer.types import Config
+
+MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
+
+
+class TrainConfig(Config):
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)  # batches a step, whose gradients are averaged
+    optim: OptimConfig = OptimConfig()
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated and handed on; 0: the raw weights
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = Field(default=20, ge=1)
+    validate_every: int = Field(default=500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+
+
+class Phase(nn.Module):
+    """What the loop trains: the parameters of ``model`` that require gradients. ``model`` is what a checkpoint exports."""
+
+    model: nn.Module
+
+    def forward(self, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to descend, and metrics (detached scalars). All randomness comes from ``generator``."""
+        raise NotImplementedError
+
+    def before_export(self) -> None:
+        """Called with the averaged weights in place, before ``model`` is written to a checkpoint. May set buffers."""
+
+    def carried(self) -> dict[str, Tensor]:
+        """What else the next step depends on, besides weights: saved with every checkpoint."""
+        return {}
+
+    def carry(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what ``carried`` gave."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Batches without end."""
+
+    def __next__(self) -> Any: ...
+    def close(self) -> None: ...
+
+
+class TrainingDiverged(ValueError):
+    """The loss or its gradient was not finite for several steps in a row. The last checkpoint is intact."""
+
+
+def step_generator(device: torch.device, *key: object) -> torch.Generator:
+    """A noise source that depends on the key (seed, phase, step, ...) alone, so that resuming needs no saved state."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+
+
+class Trainer:
+    """Trains a phase for ``config.steps`` steps in ``run_dir``; running it again resumes from the newest checkpoint.
+
+    ``settings`` is the phase's resolved config: a run cannot be resumed with another one. ``model_info`` is written beside the
+    weights and says how to build the model.
+    """
+
+    def __init__(
+        self, phase: Phase, config: TrainConfig, run_dir: Path, *, seed: int, settings: dict[str, Any], model_info: dict[str, Any]
+    ) -> None:
+        self.phase, self.config, self.run_dir, self.seed = phase, config, run_dir, seed
+        self.settings, self.model_info = settings, model_info
+        self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizers = make_optimizers(self.parameters, config.optim)
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
+        self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
+        self._resume()
+
+    def run(
+        self,
+        batches: Callable[[int], Stream],
+        validate: Callable[[RunLogger, int], dict[str, float]] | None = None,
+    ) -> None:
+        """Train to the end. ``batches(n)`` continues after n batches; ``validate`` sees the averaged weights."""
+        config = self.config
+        if self.step >= config.steps:
+            return
+        logger = RunLogger(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
+        with closing(logger), closing(batches(self.step * config.accumulate)) as stream:
+            while self.step < config.steps:
+                metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
+                self.step += 1
+                logger.advance(self.step)
+                is_last = self.step == config.steps
+                if validate is not None and (is_last or self.step % config.validate_every == 0):
+                    with self.averaged_weights():
+                        metrics |= validate(logger, self.step)
+                if is_last or self.step % config.log_every == 0 or self.step % config.validate_every == 0:
+                    logger.log(self.step, self._loggable(metrics))
+                if is_last or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+                    self.save()
+
+    def train_step(self, batches: list[Any]) -> dict[str, Any]:
+        """Forward, backward, clip, check, step, average: one optimiser step."""
+        config, phase = self.config, self.phase
+        phase.train()
+        total = 0.0
+        metrics: dict[str, Any] = {}
+        for micro, batch in enumerate(batches):
+            generator = step_generator(self.device, self.seed, self.run_dir.name, self.step, micro)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                loss, metrics = phase(batch.to(self.device), self.step, generator)
+            (loss / len(batches)).backward()
+            total += loss.item() / len(batches)
+        scale = learning_rate_scale(self.step, config.steps, config.optim)
+        set_learning_rate(self.optimizers, scale)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.optim.clip_norm)
+        if self._is_finite(total, float(norm)):
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self._update_average()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        return metrics | {"loss": total, "grad_norm": float(norm), "learning_rate_scale": scale, "skipped_steps": self.num_skipped}
+
+    def _loggable(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Plain numbers; those of a step that was skipped are left out where they are not finite (``skipped_steps`` tells)."""
+        values = {name: float(value) for name, value in metrics.items()}
+        return {name: value for name, value in values.items() if math.isfinite(value)} if self._bad_in_a_row else values
+
+    def _is_finite(self, loss: float, norm: float) -> bool:
+        """Count steps that cannot be used; stop when there are too many in a row."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._bad_in_a_row = 0
+            return True
+        self.num_skipped += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= MAX_BAD_STEPS:
+            raise TrainingDiverged(
+                f"{self.run_dir}: loss {loss:g}, gradient norm {norm:g} at step {self.step}: not finite {MAX_BAD_STEPS} steps in a row; "
+                "look for NaN in the data or lower optim.learning_rate. The last checkpoint is intact"
+            )
+        return False
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        for name, average in self.ema.items():
+            average.lerp_(self.parameters[name], 1 - decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model in eval mode with its averaged weights, for validation and export."""
+        training = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._set(self.ema or training)
+        self.phase.train(False)
+        try:
+            yield
+        finally:
+            self._set(training)
+            self.phase.train()
+
+    @torch.no_grad()
+    def _set(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step."""
+        with self.averaged_weights(), torch.no_grad():
+            self.phase.before_export()
+            model = {name: t.clone() for name, t in self.phase.model.state_dict().items()}
+        train = {f"phase.{name}": t for name, t in self.phase.state_dict().items()}
+        train |= {f"carried.{name}": t for name, t in self.phase.carried().items()}
+        train |= {f"ema.{name}": t for name, t in self.ema.items()}
+        train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
+        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped}
+        return save_checkpoint(self.run_dir, self.step, model_tensors=model, model_info=self.model_info, train_tensors=train, state=state)
+
+    def _resume(self) -> None:
+        found = list_checkpoints(self.run_dir)
+        if not found:
+            return
+        step, path = found[-1]
+        state = read_json(path / "state.json")
+        check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
+        tensors = read_tensors(path / "train_state.safetensors")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        load_weights(self.phase, part("phase."), path)
+        self.phase.carry({name: t.to(self.device) for name, t in part("carried.").items()})
+        load_optimizer_tensors(self.optimizers, part("optimizer."))
+        self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
+        self.step, self.num_skipped = step, state["num_skipped"]
+
+
+def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path, prefix: str = "") -> None:
+    """``ValueError`` naming the first setting that differs between a checkpoint and this run."""
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            check_same_settings(old, new, where, f"{prefix}{key}.")
+        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every"):
+            raise ValueError(
+                f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
+                "use the same setting to resume, or another run_dir to start anew"
+            )

@@ -1,0 +1,108 @@
+"""Models from checkpoints: ``model.json`` says how to build them, ``model.safetensors`` holds the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+
+from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig
+from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_tensors
+from dreamer.types import ActionSpace
+
+
+def tokenizer_info(tokenizer: CausalTokenizer) -> dict[str, Any]:
+    """What ``load_tokenizer`` needs beside the weights."""
+    return {"kind": "tokenizer", "config": tokenizer.config.model_dump(mode="json"), "frame_shape": list(tokenizer.frame_shape)}
+
+
+def agent_info(agent: Agent, *, tokenizer_fingerprint: str, phase: str) -> dict[str, Any]:
+    """What ``load_agent`` needs beside the weights, and where the agent comes from."""
+    dynamics = agent.dynamics
+    return {
+        "kind": "agent",
+        "config": agent.config.model_dump(mode="json"),
+        "action_space": agent.action_space.to_json(),
+        "token_grid": list(dynamics.token_grid),
+        "latent_channels": dynamics.latent_channels,
+        "actions_per_step": dynamics.actions_per_step,
+        "tokenizer": tokenizer_fingerprint,
+        "phase": phase,
+    }
+
+
+def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> CausalTokenizer:
+    """The frozen tokenizer in eval mode, from a checkpoint or the folder of a run.
+
+    Raises ``ValueError`` naming the file if there is none, if it is damaged, or if it holds another kind of model.
+    """
+    checkpoint = find_checkpoint(path)
+    info = _read_info(checkpoint, "tokenizer")
+    try:
+        config = CausalTokenizerConfig.model_validate(info["config"])
+        channels, height, width = info["frame_shape"]
+        tokenizer = CausalTokenizer(config, (channels, height, width))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
+    load_weights(tokenizer, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
+    return tokenizer.to(device).requires_grad_(False).eval()
+
+
+def load_agent(path: Path, device: torch.device | str = "cpu", expected: AgentConfig | None = None) -> tuple[Agent, dict[str, Any]]:
+    """The agent in eval mode and its ``model.json``, from a checkpoint or the folder of a run.
+
+    Raises ``ValueError`` as ``load_tokenizer`` does, and if its config is not the ``expected`` one.
+    """
+    checkpoint = find_checkpoint(path)
+    info = _read_info(checkpoint, "agent")
+    try:
+        config = AgentConfig.model_validate(info["config"])
+        rows, columns = info["token_grid"]
+        agent = Agent(
+            config,
+            action_space=ActionSpace.from_json(info["action_space"]),
+            token_grid=(rows, columns),
+            latent_channels=info["latent_channels"],
+            actions_per_step=info["actions_per_step"],
+        )
+        if not isinstance(info["tokenizer"], str) or not isinstance(info["phase"], str):
+            raise TypeError("tokenizer and phase are not text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(checkpoint, error) from error
+    if expected is not None and (difference := _difference(config.model_dump(), expected.model_dump())):
+        raise ValueError(f"{checkpoint}: was trained with agent.{difference}; use the same config, or another run_dir to start anew")
+    load_weights(agent, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
+    return agent.to(device).eval(), info
+
+
+def weights_fingerprint(path: Path) -> str:
+    """SHA-256 of the weights of a checkpoint, or of the newest of a run."""
+    with (find_checkpoint(path) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_info(checkpoint: Path, kind: str) -> dict[str, Any]:
+    info = read_json(checkpoint / "model.json")
+    if info.get("kind") != kind:
+        raise ValueError(f"{checkpoint / 'model.json'}: holds the model kind {info.get('kind')!r}; expected {kind!r}")
+    return info
+
+
+def _damaged(checkpoint: Path, error: Exception) -> ValueError:
+    what = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else repr(error)
+    return ValueError(f"{checkpoint / 'model.json'}: does not describe a model ({what}); use an earlier checkpoint")
+
+
+def _difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """The first setting that differs, in words; empty if none does."""
+    for key in sorted(saved.keys() | now.keys()):
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if found := _difference(old, new, f"{prefix}{key}."):
+                return found
+        elif old != new:
+            return f"{prefix}{key}={old!r}, this config says {new!r}"
+    return ""

@@ -1,0 +1,77 @@
+"""Optimisers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dreamer.types import Config
+
+
+class OptimConfig(Config):
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside transformer layers; AdamW for the rest
+    learning_rate: float = Field(default=3e-4, gt=0)  # of AdamW
+    muon_learning_rate: float = Field(default=0.02, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_fraction: float = Field(default=0.0, ge=0, le=1)  # the last share of the steps, over which the rate falls linearly
+    final_scale: float = Field(default=0.02, gt=0, le=1)  # what it falls to
+
+
+def make_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the hidden matrices of transformer layers and AdamW over the rest."""
+
+    def uses_muon(name: str, parameter: nn.Parameter) -> bool:
+        return config.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
+
+    muon = [p for name, p in parameters.items() if uses_muon(name, p)]
+    rest = [p for name, p in parameters.items() if not uses_muon(name, p)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate_scale(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Linear warm-up, then 1, then a linear fall to ``final_scale`` over the last ``decay_fraction`` of the steps."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    decay_steps = config.decay_fraction * total_steps
+    left = min(1.0, (total_steps - step) / decay_steps) if decay_steps else 1.0
+    return warmup * (config.final_scale + (1 - config.final_scale) * left)
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """The optimisers' state as named tensors, for safetensors. Hyperparameters come from the config, not from here."""
+    tensors = {}
+    for i, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"{i}.{index}.{key}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what ``optimizer_tensors`` gave."""
+    for i, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            which, index, key = name.split(".", 2)
+            if int(which) == i:
+                state.setdefault(int(index), {})[key] = value.clone()
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -1,0 +1,103 @@
+"""Phase 2: agent finetuning. The dynamics goes on learning while policy, reward and continue heads join it (Dreamer 4, Eq. 9)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from dreamer.data.alignment import mtp_targets
+from dreamer.losses import LossNormalizer, ShortcutForcingConfig, ShortcutForcingLoss, behaviour_cloning_loss, continue_loss, reward_loss
+from dreamer.models.agent import Agent
+from dreamer.training.loop import Phase, TrainConfig
+from dreamer.training.phase1 import shortcut_step
+from dreamer.types import Batch, Config
+
+
+class AgentLossConfig(Config):
+    dynamics_weight: float = Field(default=1.0, ge=0)
+    policy_weight: float = Field(default=1.0, ge=0)
+    reward_weight: float = Field(default=1.0, ge=0)
+    continue_weight: float = Field(default=1.0, ge=0)
+    normalize_losses: bool = True  # divide each term by a running estimate of its root mean square
+
+
+class RelevantConfig(Config):
+    """Which episodes reach the task: behaviour cloning learns from these."""
+
+    fraction: float = Field(default=0.5, ge=0, le=1)  # of the rows of a batch
+    return_quantile: float = Field(default=0.5, ge=0, lt=1)  # relevant: episodes whose return is at or above this quantile
+
+
+class Phase2Config(Config):
+    train: TrainConfig = TrainConfig()
+    sequence_length: int = Field(default=16, ge=2)  # latent steps a row
+    shortcut: ShortcutForcingConfig = ShortcutForcingConfig()
+    loss: AgentLossConfig = AgentLossConfig()
+    relevant: RelevantConfig = RelevantConfig()
+
+
+def relevant_episodes(returns: Float[np.ndarray, " n"], episodes: Int[np.ndarray, " k"], config: RelevantConfig) -> Int[np.ndarray, " r"]:
+    """Those of ``episodes`` whose return is at or above the quantile of their returns; never the worst ones, if returns differ."""
+    own = returns[episodes]
+    limit = np.quantile(own, config.return_quantile)
+    if limit <= own.min() < own.max():
+        return episodes[own > own.min()]
+    return episodes[own >= limit]
+
+
+class Phase2(Phase):
+    """``forward(batch, step, generator) -> (loss, metrics)``.
+
+    Behaviour cloning learns from the relevant rows only, the dynamics from the uniform rows only (from all where there are none);
+    reward and continue from all. Rows that stand as single frames teach no head.
+    """
+
+    model: Agent
+
+    def __init__(self, agent: Agent, shortcut: ShortcutForcingConfig, config: AgentLossConfig) -> None:
+        super().__init__()
+        self.model, self.config = agent, config
+        self.loss = ShortcutForcingLoss(shortcut, agent.config.dynamics.max_steps)
+        self.normalizer = LossNormalizer(("dynamics", "policy", "reward", "continue"))
+        agent.requires_grad_(False)
+        for module in (agent.dynamics, agent.policy, agent.reward, agent.continue_):
+            module.requires_grad_(True)
+
+    def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        # relevant rows first: bootstrap rows come last, and only uniform rows are worth their two extra passes
+        batch = batch[torch.argsort(batch.is_relevant.long(), descending=True, stable=True)]
+        rows = ~batch.is_relevant | batch.is_relevant.all()
+        dynamics_loss, metrics, output, no_history = shortcut_step(self.model.dynamics, self.loss, batch, generator, batch.task, rows=rows)
+        assert output.features is not None
+        terms = {"dynamics": dynamics_loss, **self._head_losses(batch, output.features, ~no_history)}
+        weights = {
+            "dynamics": config.dynamics_weight,
+            "policy": config.policy_weight,
+            "reward": config.reward_weight,
+            "continue": config.continue_weight,
+        }
+        total = torch.zeros((), device=batch.latents.device)
+        for name, term in terms.items():
+            metrics[f"{name}_loss"] = term.detach()
+            total = total + weights[name] * (self.normalizer(name, term) if config.normalize_losses else term)
+        return total, metrics
+
+    def _head_losses(self, batch: Batch, features: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        heads, agent = self.model.config.heads, self.model
+        distances = heads.num_distances
+        actions, in_window = mtp_targets(batch.actions, distances)
+        known, _ = mtp_targets(batch.action_mask, distances)
+        rewards, _ = mtp_targets(batch.rewards, distances)
+        terminals, _ = mtp_targets(batch.terminals, distances)
+        in_window = in_window & rows[:, None, None]
+        relevant = batch.is_relevant[:, None, None]
+        policy_mask = (known & in_window[..., None]) & relevant[..., None]
+        return {
+            "policy": behaviour_cloning_loss(agent.policy(features).log_prob(actions), policy_mask),
+            "reward": reward_loss(agent.reward(features), rewards, in_window, heads.bin_range),
+            "continue": continue_loss(agent.continue_(features), terminals, in_window),
+        }

@@ -1,0 +1,101 @@
+"""Phase 3: policy and value heads learn in imagination (Dreamer 4, Eqs. 10 and 11). Everything else is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dreamer.imagination.rollout import ImaginationRollout, RolloutConfig
+from dreamer.losses import PMPOConfig, PMPOLoss, value_loss
+from dreamer.models.agent import Agent
+from dreamer.ops.returns import lambda_returns
+from dreamer.training.loop import Phase, TrainConfig
+from dreamer.types import Batch, Config, Trajectory
+
+
+class ImaginationConfig(Config):
+    rollout: RolloutConfig = RolloutConfig()
+    pmpo: PMPOConfig = PMPOConfig()
+    gamma: float = Field(default=0.997, gt=0, le=1)
+    lambda_: float = Field(default=0.95, ge=0, le=1)
+    updates_per_rollout: int = Field(default=1, ge=1)  # optimiser steps on one set of rollouts
+    value_only_steps: int = Field(default=0, ge=0)  # first steps, in which only the value learns
+
+
+class Phase3Config(Config):
+    train: TrainConfig = TrainConfig()
+    imagination: ImaginationConfig = ImaginationConfig()
+
+
+def freeze_world_model(agent: Agent) -> None:
+    """Freeze the dynamics, reward and continue heads: no gradient, eval mode. Policy and value stay trainable."""
+    for module in (agent.dynamics, agent.reward, agent.continue_):
+        module.requires_grad_(False)
+        module.eval()
+
+
+class Phase3(Phase):
+    """``forward(batch, step, generator) -> (loss, metrics)``: imagines rollouts from the batch, then scores policy and value.
+
+    The prior is the policy as it is now, when the phase begins; a resumed run gets it back from its checkpoint.
+    """
+
+    model: Agent
+
+    def __init__(self, agent: Agent, config: ImaginationConfig) -> None:
+        super().__init__()
+        self.model, self.config = agent, config
+        self.prior = agent.prior()
+        self.rollout = ImaginationRollout(agent, config.rollout)
+        self.pmpo = PMPOLoss(config.pmpo)
+        self.trajectory: Trajectory | None = None
+        freeze_world_model(agent)
+        agent.policy.requires_grad_(True)
+        agent.value.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Phase3:
+        super().train(mode)
+        freeze_world_model(self.model)
+        self.prior.eval()
+        return self
+
+    def carried(self) -> dict[str, Tensor]:
+        if self.trajectory is None:
+            return {}
+        return {f.name: getattr(self.trajectory, f.name) for f in dataclasses.fields(self.trajectory)}
+
+    def carry(self, tensors: dict[str, Tensor]) -> None:
+        self.trajectory = Trajectory(**tensors) if tensors else None
+
+    def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.trajectory is None or step % self.config.updates_per_rollout == 0:
+            self.trajectory = self.rollout(batch, generator)
+        loss, metrics = self.score(self.trajectory, with_policy=step >= self.config.value_only_steps)
+        return loss, metrics
+
+    def score(self, trajectory: Trajectory, with_policy: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of imagined rollouts: TD(lambda) for the value, PMPO for the policy."""
+        agent, config = self.model, self.config
+        states = trajectory.features.detach()
+        with torch.no_grad():
+            values = agent.value.mean(states)
+            returns = lambda_returns(trajectory.rewards, trajectory.continues, values, config.gamma, config.lambda_)
+            advantages = returns - values[:, :-1]
+            running = torch.cat([torch.ones_like(trajectory.continues[:, :1]), trajectory.continues[:, :-1]], dim=1).cumprod(1)
+        acting = states[:, :-1]
+        value_term = value_loss(agent.value(acting)[..., 0, :], returns, running, agent.config.heads.bin_range)
+        policy = agent.policy.now(acting)
+        log_probs = policy.log_prob(trajectory.actions).sum(-1)
+        kl = policy.kl(self.prior.now(acting)).sum(-1)
+        policy_term, metrics = self.pmpo(log_probs, advantages, kl, running)
+        metrics |= {
+            "value_loss": value_term.detach(),
+            "imagined_reward": trajectory.rewards.sum(1).mean(),
+            "imagined_return": returns[:, 0].mean(),
+            "value": values.mean(),
+            "entropy": policy.entropy().sum(-1).mean().detach(),
+        }
+        return value_term + float(with_policy) * policy_term, metrics

@@ -1,0 +1,63 @@
+"""Small agents and clips to dream from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreamer.models import Agent, AgentConfig, DynamicsConfig, HeadConfig, TransformerConfig
+from dreamer.types import ActionComponent, ActionSpace, Batch
+
+SPACE = ActionSpace((ActionComponent("move", "categorical", 5), ActionComponent("jump", "binary", 1)))
+TOKENS, CHANNELS = 4, 3
+
+
+def _agent(slots: int = 1, context_length: int = 6, max_steps: int = 8) -> Agent:
+    transformer = TransformerConfig(width=16, num_layers=4, num_heads=2, num_kv_heads=1, time_every=2, context_length=context_length)
+    config = AgentConfig(
+        dynamics=DynamicsConfig(transformer=transformer, num_registers=1, max_steps=max_steps, num_tasks=2),
+        heads=HeadConfig(hidden=16, num_distances=2, num_bins=21, bin_range=3.0),
+    )
+    agent = Agent(config, action_space=SPACE, token_grid=(2, 2), latent_channels=CHANNELS, actions_per_step=slots).eval()
+    for head in (agent.policy, agent.reward, agent.continue_, agent.value):  # heads start at zero, where nothing shows
+        nn.init.normal_(head.mlp.out.weight)
+    return agent
+
+
+def _actions(batch: int, time: int, slots: int) -> Tensor:
+    return torch.cat([torch.randint(0, 5, (batch, time, slots, 1)), torch.randint(0, 2, (batch, time, slots, 1))], dim=-1).float()
+
+
+def _batch(batch: int = 2, time: int = 6, slots: int = 1) -> Batch:
+    known = torch.ones(batch, time, slots, dtype=torch.bool)
+    known[:, 0] = False
+    return Batch(
+        latents=torch.randn(batch, time, TOKENS, CHANNELS),
+        prev_actions=_actions(batch, time, slots),
+        prev_action_mask=known,
+        actions=_actions(batch, time, slots),
+        action_mask=torch.ones(batch, time, slots, dtype=torch.bool),
+        rewards=torch.zeros(batch, time),
+        terminals=torch.zeros(batch, time, dtype=torch.bool),
+        is_first=torch.zeros(batch, time, dtype=torch.bool),
+        task=torch.zeros(batch, dtype=torch.long),
+        is_relevant=torch.zeros(batch, dtype=torch.bool),
+    )
+
+
+@pytest.fixture
+def make_agent() -> Callable[..., Agent]:
+    return _agent
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., Batch]:
+    return _batch
+
+
+@pytest.fixture
+def make_generator() -> Callable[[int], torch.Generator]:
+    return lambda seed: torch.Generator().manual_seed(seed)

@@ -1,0 +1,94 @@
+"""Every phase, interrupted anywhere, ends with the same bytes as without the interruption."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dreamer.pipeline import STAGES, Run
+from dreamer.training.loop import Trainer
+
+BEFORE = {
+    "tokenizer": (),
+    "phase1": ("tokenizer", "pretokenize"),
+    "phase2": ("tokenizer", "pretokenize", "phase1"),
+    "bc_long": ("tokenizer", "pretokenize", "phase1", "phase2"),
+    "phase3": ("tokenizer", "pretokenize", "phase1", "phase2"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def whole(trained: Path, make_run: Callable[..., Run]) -> Path:
+    """A run without an interruption."""
+    path = trained / "run"
+    if not path.exists():
+        run = make_run(path)
+        for stage in ("tokenizer", "pretokenize", "phase1", "phase2", "bc_long", "phase3"):
+            assert STAGES[stage](run)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    found = [p for p in path.rglob("*") if p.is_file() and "tensorboard" not in p.parts]
+    return {str(p.relative_to(path)): p.read_bytes() for p in found}
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 6])
+@pytest.mark.parametrize("phase", list(BEFORE))
+def test_an_interrupted_phase_ends_with_the_same_bytes(
+    whole: Path, tmp_path: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, phase: str, stop_at: int
+) -> None:
+    run = make_run(tmp_path / "run")
+    for stage in BEFORE[phase]:
+        name = {"pretokenize": "latents"}.get(stage, stage)
+        shutil.copytree(whole / name, run.path / name)
+    train_step = Trainer.train_step
+
+    def interrupted(self: Trainer, batches: list) -> dict:
+        if self.step == stop_at:
+            raise KeyboardInterrupt
+        return train_step(self, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", interrupted)
+        STAGES[phase](run)
+    assert STAGES[phase](run)
+    expected, got = contents(whole / phase), contents(run.path / phase)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if expected[name] != got[name]] == []
+
+
+def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    run = make_run(tmp_path / "run", seed=1)
+    STAGES["tokenizer"](run)
+    name = "checkpoints/step_00000007/model.safetensors"
+    assert contents(run.path / "tokenizer")[name] != contents(whole / "tokenizer")[name]
+
+
+def test_a_phase_does_not_start_from_an_unfinished_one(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("tokenizer", "latents", "phase1"):
+        shutil.copytree(whole / name, run.path / name)
+    shutil.rmtree(run.path / "phase1" / "checkpoints" / "step_00000007")
+    with pytest.raises(ValueError, match=r"phase1: is at step 6 of 7; run again to finish it: dreamer train phase1"):
+        STAGES["phase2"](run)
+    with pytest.raises(ValueError, match="phase2: holds no checkpoint; run first: dreamer train phase2"):
+        STAGES["phase3"](run)
+
+
+def test_a_phase_is_not_resumed_from_other_initial_weights(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("tokenizer", "latents", "phase1", "phase2"):
+        shutil.copytree(whole / name, run.path / name)
+    shutil.copytree(whole / "phase2" / "checkpoints" / "step_00000007", tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", run.path / "phase1" / "checkpoints" / "step_00000007" / "model.safetensors")
+    with pytest.raises(ValueError, match="initial_weights"):
+        STAGES["phase2"](run)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shlex
+import subprocess
 import sys
+import time
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +31,10 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words, began = list(sys.argv[1:] if argv is None else argv), time.monotonic()
     try:
         arguments = _parse(words)
+        arguments.began = began
         return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
@@ -79,6 +84,8 @@ def _parser() -> Parser:
 
     demo = add("demo", _demo, "Everything once, from recording to a report that a browser shows.", preset="demo")
     demo.add_argument("--open", action="store_true", help="open the report in a browser, if there is a display")
+    demo.add_argument("--seeds", nargs="+", metavar="N", help="once for each seed, in run_dir/seed_N, then all of them taken together")
+    demo.add_argument("--out", type=Path, metavar="DIR", help="with --seeds: folder of the results (default: run_dir/results)")
     add("record", _stage("record"), "Play, and write what was seen and done as episodes (or import data.recordings).")
     train = verbs.add_parser("train", help="Train one part.", description="Train one part. Running it again resumes.")
     parts = train.add_subparsers(metavar="part", required=True)
@@ -90,6 +97,10 @@ def _parser() -> Parser:
     add("world-model", _stage("evaluate world-model"), "Open-loop dreams of held-out episodes against the truth.", what)
     add("agent", _stage("evaluate agent"), "Returns in the real environment, with baselines.", what)
     add("report", _stage("report"), "Put what a run holds on one page.")
+    results = verbs.add_parser("results", help="Take finished runs of several seeds together.", description="Figures of several seeds.")
+    results.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs that differ in their seed alone")
+    results.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json, README.md and the pictures")
+    results.set_defaults(verb=_results)
     add("config", _show_config, "Print the complete settings as YAML.")
     imports = verbs.add_parser("import", help="Recordings to an episode store.", description="Recordings to an episode store.")
     imports.add_argument("path", type=Path, help="folder or file with recordings")
@@ -127,14 +138,68 @@ def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> int:
+    if arguments.seeds:
+        return _demo_seeds(arguments, command)
+    if arguments.out is not None:
+        raise ValueError("--out is the folder of the results of several seeds; give --seeds too")
     from dreamer.pipeline import Run, run_all
     from dreamer.pipeline.summary import key_figures
 
     run = Run(_load(arguments), command)
-    run_all(run, lambda text: print(text, flush=True))
+    run_all(run, lambda text: print(text, flush=True), arguments.began)
     print("\n".join(["", *key_figures(run), "", f"report: {run.report_path.resolve()}"]))
     if arguments.open and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         webbrowser.open(run.report_path.resolve().as_uri())
+    return 0
+
+
+def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:
+    """The demo once for each seed, each in a process of its own (so that its peak memory is its own), then the results."""
+    seeds = [word for word in arguments.seeds if "=" not in word]  # --seeds takes the settings that follow it
+    arguments.overrides += [word for word in arguments.seeds if "=" in word]
+    if strange := [seed for seed in seeds if not (seed.isascii() and seed.isdigit())]:
+        raise ValueError(f"--seeds: {strange[0]!r} is no seed; expected whole numbers such as 0 1 2")
+    seeds = [str(int(seed)) for seed in seeds]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds: got {' '.join(seeds) or 'none'}; expected different ones, such as 0 1 2")
+    if any(word.partition("=")[0].strip() == "seed" for word in arguments.overrides):
+        raise ValueError("seed= and --seeds are both given; expected one of them")
+    base = _load(arguments).run_dir
+    source = ["--config", str(arguments.config)] if arguments.config else ["--preset", arguments.preset or arguments.default_preset]
+    settings = [word for word in arguments.overrides if word.partition("=")[0].strip() != "run_dir"]
+    paths = [base / f"seed_{seed}" for seed in seeds]
+    for seed, path in zip(seeds, paths, strict=True):
+        place = str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))  # it is read as YAML
+        words = ["demo", *source, *settings, f"seed={seed}", f"run_dir={place}"]
+        print(shlex.join(["dreamer", *words]), flush=True)
+        if code := _run_child(words):
+            return code  # the child has said why
+    return _write_results(paths, arguments.out or base / "results", command)
+
+
+def _run_child(words: list[str]) -> int:
+    """``dreamer WORDS`` in another process. Ctrl-C reaches both: the child ends in its own way first."""
+    child = subprocess.Popen([sys.executable, "-m", "dreamer.cli", *words])
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.wait()
+        raise
+
+
+def _results(arguments: argparse.Namespace, command: str) -> int:
+    return _write_results(arguments.runs, arguments.out, command)
+
+
+def _write_results(paths: Sequence[Path], out: Path, command: str) -> int:
+    from dreamer.pipeline.results import collect_results
+    from dreamer.pipeline.results_page import write_results
+
+    results = collect_results(paths, command)
+    write_results(results, out)
+    for check in results.checks:
+        print(f"{'met    ' if check.is_met else 'NOT met'}  {check.target}: {check.measured}")
+    print(f"results: {out.resolve() / 'README.md'}")
     return 0
 
 

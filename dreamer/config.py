@@ -73,10 +73,15 @@ class DreamerConfig(Config):
         for key, steps in {
             "phase3.imagination.rollout.context": self.phase3.imagination.rollout.context,
             "evaluation.world_model.context": self.evaluation.world_model.context,
-            "phase2.sequence_length": self.phase2.sequence_length,
         }.items():
             if steps > seen:
                 raise ValueError(f"{key} is {steps}; agent.dynamics.transformer.context_length is only {seen}")
+        for key, phase in {"phase1": self.phase1, "phase2": self.phase2}.items():
+            if phase.long_sequence_length is not None and phase.long_sequence_length <= seen:
+                raise ValueError(
+                    f"{key}.long_sequence_length is {phase.long_sequence_length}; expected above "
+                    f"agent.dynamics.transformer.context_length = {seen}, or null for no long rows"
+                )
         for key, steps in {
             "phase3.imagination.rollout.sampler.num_steps": self.phase3.imagination.rollout.sampler.num_steps,
             "evaluation.sampler.num_steps": self.evaluation.sampler.num_steps,

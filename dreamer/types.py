@@ -17,6 +17,7 @@ Time contract (``data/alignment.py`` is the only place that shifts time):
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,8 @@ class ActionComponent:
             raise ValueError(f"action component {self.name!r}: kind is {self.kind!r}; expected categorical, binary or continuous")
         if self.size < 1:
             raise ValueError(f"action component {self.name!r}: size is {self.size}; expected at least 1")
-        if self.kind == "continuous" and not self.low < self.high:
-            raise ValueError(f"action component {self.name!r}: low {self.low} is not below high {self.high}")
+        if self.kind == "continuous" and not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"action component {self.name!r}: low is {self.low}, high {self.high}; expected finite bounds, low below high")
         if self.labels and len(self.labels) != self.size:
             raise ValueError(f"action component {self.name!r}: {len(self.labels)} labels for size {self.size}")
 

@@ -28,7 +28,8 @@ for _noun in vars(types).values():
     if getattr(_noun, "_is_protocol", False) and _noun is not typing.Protocol:
         typing.runtime_checkable(_noun)
 
-torch.set_num_threads(int(os.environ.get("DREAMER_TEST_THREADS") or min(2, os.cpu_count() or 1)))
+# OMP_NUM_THREADS counts: two threads that wait for each other on a busy machine make a test a hundred times slower.
+torch.set_num_threads(int(os.environ.get("DREAMER_TEST_THREADS") or os.environ.get("OMP_NUM_THREADS") or min(2, os.cpu_count() or 1)))
 
 # No deadline: a slow machine is not a failure. In CI the same examples every time.
 hypothesis.settings.register_profile("dreamer", deadline=None, derandomize=bool(os.environ.get("CI")), database=None)

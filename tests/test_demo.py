@@ -22,7 +22,8 @@ def test_every_stage_leaves_its_result(run: Path) -> None:
         assert (run / phase / "metrics.jsonl").stat().st_size > 0
         assert list((run / phase / "checkpoints").glob("step_*/model.safetensors"))
     spent = json.loads((run / "evaluation" / "run.json").read_text())
-    assert list(spent["stages"])[:3] == ["record", "tokenizer", "pretokenize"]
+    assert list(spent["stages"])[:4] == ["record", "start", "tokenizer", "pretokenize"]
+    assert spent["versions"]["torch"] and len(spent["revisions"]) == 1
     assert all(stage["seconds"] > 0 and stage["peak_memory_mb"] > 100 for stage in spent["stages"].values())
     world_model = json.loads((run / "evaluation" / "world_model.json").read_text())["result"]
     assert set(world_model["scores"]) == {"true actions", "shuffled actions", "copy last frame", "reconstruction"}
@@ -84,6 +85,42 @@ def test_a_trained_agent_can_be_recorded(run: Path, tmp_path: Path) -> None:
 
     store = EpisodeStore(tmp_path / "b" / "episodes")
     assert [info["player"] for info in store.infos] == ["agent-phase3-argmax"] * 2
+
+
+def test_two_seeds_are_taken_together(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    few = ["phase0.train.steps=2", "phase1.train.steps=2", "phase2.train.steps=2", "phase3.train.steps=2", "record.num_episodes=10"]
+    words = [
+        "demo",
+        "--preset",
+        "smoke",
+        *few,
+        f'run_dir="{tmp_path / "two seeds: 3, 4"}"',
+        "--seeds",
+        "3",
+        "4",
+        "evaluation.agent.num_episodes=3",
+    ]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert "NOT met  at least 3 seeds of the whole way: 2 seeds" in capfd.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["seeds"] == [3, 4] and [r["seed"] for r in results["runs"]] == [3, 4]
+    assert all(r["total_seconds"] > r["seconds"]["phase1"] > 0 and r["command"].startswith("dreamer demo") for r in results["runs"])
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "claims nothing about learning" in page and "--seeds 3 4" in page
+    report = (tmp_path / "two seeds: 3, 4" / "seed_3" / "report.html").read_bytes()
+    assert (tmp_path / "out" / "report.html").read_bytes() == report
+    assert (tmp_path / "out" / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([*words, "--out", str(tmp_path / "again")]) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("already done") == 2 * 9
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["figures"] == results["figures"]
+    assert main(["results", str(run), "--out", str(tmp_path / "one")]) == 0
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert one["figures"]["returns"]["agent sampled"]["sd"] is None
+    seeds = [str(tmp_path / "two seeds: 3, 4" / name) for name in ("seed_3", "seed_4")]
+    assert main(["results", str(run), *seeds, "--out", str(tmp_path / "three")]) == 2
+    assert "differs from" in capfd.readouterr().err and not (tmp_path / "three").exists()
 
 
 def test_the_table_of_returns_tells_sampled_from_argmax(run: Path) -> None:

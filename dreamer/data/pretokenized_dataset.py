@@ -68,6 +68,11 @@ class PretokenizedDataset:
         return window | {"is_first": np.arange(start, start + self.sequence_length) == 0}
 
 
+def long_batch_size(batch_size: int, sequence_length: int, long_sequence_length: int) -> int:
+    """Rows of a long batch with about as many steps as ``batch_size`` rows of ``sequence_length``; at least 1."""
+    return max(1, round(batch_size * sequence_length / long_sequence_length))
+
+
 def batches(
     dataset: PretokenizedDataset,
     *,
@@ -76,6 +81,8 @@ def batches(
     start_step: int = 0,
     relevant_fraction: float = 0.0,
     relevant_episodes: Ids | None = None,
+    long: PretokenizedDataset | None = None,
+    long_every: int = 8,
     prefetch: int = 2,
     rank: int = 0,
     world: int = 1,
@@ -83,21 +90,37 @@ def batches(
     """Batches without end; ``start_step=n`` gives exactly what would have come after n batches.
 
     The first ``round(relevant_fraction * batch_size)`` rows are drawn from ``relevant_episodes`` and marked ``is_relevant``; the others
-    are drawn uniformly from the dataset. ``prefetch`` batches are made ahead by a thread (0: none). Close the iterator, or
-    drop it, to end the thread. Raises ``ValueError`` for relevant rows without relevant episodes.
+    are drawn uniformly from the dataset. With ``long``, every ``long_every``-th batch has fewer rows (``long_batch_size``), which come from
+    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by a thread (0: none). Close the
+    iterator, or drop it, to end the thread. Raises ``ValueError`` for relevant rows without relevant episodes.
     """
-    num_relevant = round(relevant_fraction * batch_size)
     if not 0 <= relevant_fraction <= 1:
         raise ValueError(f"relevant_fraction is {relevant_fraction}; expected 0 to 1")
-    if num_relevant and (relevant_episodes is None or len(relevant_episodes) == 0):
+    if round(relevant_fraction * batch_size) and (relevant_episodes is None or len(relevant_episodes) == 0):
         raise ValueError(f"relevant_fraction is {relevant_fraction}, but relevant_episodes is empty; no episode reaches the task")
-    samplers: list[WindowSampler] = []
-    if num_relevant:  # the seed differs, so that the two parts do not walk through the same order
-        samplers.append(dataset.sampler(batch_size=num_relevant, seed=seed ^ 0x5EED, episodes=relevant_episodes, rank=rank, world=world))
-    if num_relevant < batch_size:
-        samplers.append(dataset.sampler(batch_size=batch_size - num_relevant, seed=seed, rank=rank, world=world))
-    is_relevant = np.arange(batch_size) < num_relevant
-    return _stream(lambda step: dataset.batch([row for s in samplers for row in s.rows(step)], is_relevant), start_step, prefetch)
+
+    def maker(source: PretokenizedDataset, num_rows: int, seed: int) -> Callable[[int], Batch]:
+        num_relevant = round(relevant_fraction * num_rows)
+        samplers: list[WindowSampler] = []
+        if num_relevant:  # the seed differs, so that the two parts do not walk through the same order
+            samplers.append(source.sampler(batch_size=num_relevant, seed=seed ^ 0x5EED, episodes=relevant_episodes, rank=rank, world=world))
+        if num_relevant < num_rows:
+            samplers.append(source.sampler(batch_size=num_rows - num_relevant, seed=seed, rank=rank, world=world))
+        is_relevant = np.arange(num_rows) < num_relevant
+        return lambda index: source.batch([row for s in samplers for row in s.rows(index)], is_relevant)
+
+    short = maker(dataset, batch_size, seed)
+    if long is None:
+        return _stream(short, start_step, prefetch)
+    if long_every < 1:
+        raise ValueError(f"long_every is {long_every}; expected at least 1")
+    few = maker(long, long_batch_size(batch_size, dataset.sequence_length, long.sequence_length), seed ^ 0x10E6)
+
+    def make(step: int) -> Batch:
+        num_long = step // long_every  # before this step
+        return few(num_long) if (step + 1) % long_every == 0 else short(step - num_long)
+
+    return _stream(make, start_step, prefetch)
 
 
 def frame_batches(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,8 @@ class WorldModelResult:
     horizon: int  # frames that it predicts after them
     resolution: tuple[int, int]  # height, width
     fps: float
+    # By name, a row an episode: summed MSE of its windows, summed SSIM, number of windows. What taking several runs together needs.
+    episode_sums: dict[str, tuple[tuple[float, float, float], ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "resolution": list(self.resolution)}
@@ -106,6 +108,7 @@ class WorldModelResult:
                 "scores": {name: VideoScore.from_json(score) for name, score in data["scores"].items()},
                 "psnr_gaps": {name: Interval.from_json(gap) for name, gap in data["psnr_gaps"].items()},
                 "resolution": tuple(data["resolution"]),
+                "episode_sums": {name: tuple(map(tuple, rows)) for name, rows in data.get("episode_sums", {}).items()},
             }
         )
 
@@ -139,18 +142,21 @@ def score_open_loop(
 
     counts = per_episode(np.ones((len(truth), 1)))
     bootstrap = {"num_resamples": num_resamples, "seed": seed}
-    scores, mse_sums = {}, {}
+    scores, mse_sums, episode_sums = {}, {}, {}
     for name, predicted in predictions.items():
         _check_frames(name, predicted, truth)
         mse = _mse_per_frame(predicted, truth)
         mse_sums[name] = per_episode(mse.mean(1, keepdims=True))
-        scores[name] = _score(per_episode, counts, mse, ssim_per_frame(predicted, truth).double().cpu().numpy(), bootstrap)
+        ssim = ssim_per_frame(predicted, truth).double().cpu().numpy()
+        scores[name] = _score(per_episode, counts, mse, ssim, bootstrap)
+        sums = np.concatenate([mse_sums[name], per_episode(ssim.mean(1, keepdims=True)), counts], axis=1)
+        episode_sums[name] = tuple((m, s, n) for m, s, n in sums.tolist())
 
     gaps = {}
     for name in scores:
         if TRUE_ACTIONS in scores and name not in (TRUE_ACTIONS, RECONSTRUCTION):
             pairs = np.concatenate([mse_sums[TRUE_ACTIONS], mse_sums[name], counts], axis=1)
-            gaps[name] = bootstrap_interval(pairs, _psnr_difference, **bootstrap)
+            gaps[name] = bootstrap_interval(pairs, psnr_difference, **bootstrap)
     return WorldModelResult(
         scores=scores,
         psnr_gaps=gaps,
@@ -160,6 +166,7 @@ def score_open_loop(
         horizon=truth.shape[1],
         resolution=(truth.shape[-2], truth.shape[-1]),
         fps=fps,
+        episode_sums=episode_sums,
     )
 
 
@@ -193,23 +200,26 @@ def _score(per_episode: Any, counts: np.ndarray, mse: np.ndarray, ssim: np.ndarr
         return bootstrap_interval(np.concatenate([per_episode(values[:, None]), counts], axis=1), statistic, **bootstrap)
 
     return VideoScore(
-        psnr=interval(mse.mean(1), _psnr_of_mean),
-        ssim=interval(ssim.mean(1), _mean),
-        psnr_per_step=tuple(interval(step, _psnr_of_mean) for step in mse.T),
-        ssim_per_step=tuple(interval(step, _mean) for step in ssim.T),
+        psnr=interval(mse.mean(1), psnr_of_mean),
+        ssim=interval(ssim.mean(1), mean_of_sums),
+        psnr_per_step=tuple(interval(step, psnr_of_mean) for step in mse.T),
+        ssim_per_step=tuple(interval(step, mean_of_sums) for step in ssim.T),
         mean_frame_psnr=float(np.mean(psnr_of_mse(mse))),
     )
 
 
-def _mean(total: np.ndarray) -> np.ndarray | float:
+def mean_of_sums(total: Float[np.ndarray, "*s 2"]) -> Any:
+    """A statistic for ``bootstrap_interval``: [sum, count] -> mean."""
     return total[..., 0] / total[..., 1]
 
 
-def _psnr_of_mean(total: np.ndarray) -> np.ndarray | float:
-    return psnr_of_mse(_mean(total))
+def psnr_of_mean(total: Float[np.ndarray, "*s 2"]) -> Any:
+    """[sum of MSE, count] -> PSNR in dB."""
+    return psnr_of_mse(mean_of_sums(total))
 
 
-def _psnr_difference(total: np.ndarray) -> np.ndarray | float:
+def psnr_difference(total: Float[np.ndarray, "*s 3"]) -> Any:
+    """[sum of MSE, sum of the other's MSE, count] -> dB by which the first lies above the other."""
     return psnr_of_mse(total[..., 0] / total[..., 2]) - psnr_of_mse(total[..., 1] / total[..., 2])
 
 

@@ -18,10 +18,13 @@ class LossNormalizer(nn.Module):
         self.register_buffer("mean_square", torch.zeros(len(names)))
         self.register_buffer("count", torch.zeros(len(names)))
 
-    def forward(self, name: str, loss: Tensor) -> Tensor:
-        """loss / rms. In training mode the estimate first takes in this value; a non-finite one is left out."""
+    def forward(self, name: str, loss: Tensor, has_rows: bool = True) -> Tensor:
+        """loss / rms. In training mode the estimate first takes in this value; a non-finite one is left out.
+
+        ``has_rows`` is False where nothing in the batch counts for this loss: its 0 is no measurement, and is left out too.
+        """
         i = self.names.index(name)
-        if self.training and torch.isfinite(loss):
+        if self.training and has_rows and torch.isfinite(loss):
             self.mean_square[i] = self.decay * self.mean_square[i] + (1 - self.decay) * loss.detach().float().square()
             self.count[i] += 1
         if self.count[i] == 0:

@@ -27,6 +27,8 @@ class ShortcutForcingConfig(Config):
     # "alternating": every other step, in this share of the rows, so that most noisy steps follow a clear one.
     context_fraction: float = Field(default=0.0, ge=0, le=1)
     context_pattern: Literal["random", "alternating"] = "random"
+    # The same share for rows that teach only the heads (phase 2's relevant rows): 1 shows them as acting will. null: as all others.
+    heads_context_fraction: float | None = Field(default=None, ge=0, le=1)
     ramp_floor: float = Field(default=0.1, gt=0, le=1)  # weight at tau = 0; small deterministic worlds learn their actions faster with more
     context_signal: float = Field(
         default=0.9, gt=0, lt=1
@@ -92,16 +94,21 @@ class ShortcutForcingLoss:
         step_idx = torch.full((batch, time), self.finest_idx, device=device)
         step_idx[num_flow:] = torch.randint(0, self.finest_idx, (batch - num_flow, time), generator=generator, device=device)
         signal_idx = flow.sample_signal_idx(step_idx, self.max_steps, generator)
-        if self.config.context_fraction > 0:
-            is_context = self._context_steps(batch, time, generator, device)
-            step_idx[is_context] = self.finest_idx
-            signal_idx[is_context] = flow.signal_index(self.config.context_signal, self.max_steps)
+        is_context = self._context_steps(batch, time, generator, device)
+        if self.config.heads_context_fraction is not None and num_scored is not None:
+            first = batch - num_scored
+            draw = torch.rand((first, time), generator=generator, device=device)
+            is_context[:first] = draw < self.config.heads_context_fraction
+        step_idx[is_context] = self.finest_idx
+        signal_idx[is_context] = flow.signal_index(self.config.context_signal, self.max_steps)
         noise = torch.randn(latents.shape, generator=generator, device=device, dtype=latents.dtype)
         noisy = flow.add_noise(latents, noise, signal_idx / self.max_steps)
         return Corrupted(latents, noisy, signal_idx, step_idx, num_flow)
 
     def _context_steps(self, batch: int, time: int, generator: torch.Generator | None, device: torch.device) -> Bool[Tensor, "B T"]:
         """Which steps stand as the sampler's past does."""
+        if self.config.context_fraction == 0:
+            return torch.zeros((batch, time), dtype=torch.bool, device=device)
         if self.config.context_pattern == "random":
             return torch.rand((batch, time), generator=generator, device=device) < self.config.context_fraction
         first = torch.randint(0, 2, (batch, 1), generator=generator, device=device)
@@ -139,9 +146,6 @@ class ShortcutForcingLoss:
         def mean_over(part: slice) -> Tensor:
             return (weighted[part] * counts[part]).sum() / counts[part].sum().clamp(min=1)
 
-        metrics = {}
-        if cut:
-            metrics["flow_loss"] = mean_over(slice(cut)).detach()
-        if cut < len(target):
-            metrics["bootstrap_loss"] = mean_over(slice(cut, None)).detach()
+        parts = {"flow_loss": slice(cut), "bootstrap_loss": slice(cut, None)}
+        metrics = {name: mean_over(part).detach() for name, part in parts.items() if counts[part].any()}  # a mean of nothing is left out
         return mean_over(slice(None)), metrics

@@ -176,8 +176,8 @@ class CausalTokenizer(nn.Module):
         self.latent_std.copy_(values.std(0).clamp(min=1e-4))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the settings and every weight."""
-        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        """SHA-256 of the settings, the frames' shape and every weight."""
+        digest = hashlib.sha256(f"{self.config.model_dump_json()} {list(self.frame_shape)}".encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,7 +116,7 @@ class Run:
     # What was spent.
 
     def spent(self) -> dict[str, Any]:
-        """``evaluation/run.json``: command, hardware, and by stage the seconds and the peak memory in MB."""
+        """``evaluation/run.json``: command, hardware, versions, revisions, and by stage the seconds and the peak memory in MB."""
         path = self.evaluation_path / "run.json"
         return read_json(path) if path.exists() else {"stages": {}}
 
@@ -131,7 +134,13 @@ class Run:
         now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": max(before["peak_memory_mb"], peak_memory_mb())}
         write_json(
             self.evaluation_path / "run.json",
-            {"command": self.command, "hardware": hardware(self.device), "stages": spent["stages"] | {stage: now}},
+            {
+                "command": self.command,
+                "hardware": hardware(self.device),
+                "versions": versions(),
+                "revisions": list(dict.fromkeys([*spent.get("revisions", []), git_revision()])),  # all that had a part in it
+                "stages": spent["stages"] | {stage: now},
+            },
         )
 
 
@@ -151,6 +160,28 @@ def hardware(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
     return facts | {"Python": platform.python_version(), "PyTorch": torch.__version__, "dreamer": __version__}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what comes out."""
+    names = ("torch", "numpy", "gymnasium", "crafter", "minigrid", "torchmetrics", "safetensors")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """The commit that this package is at, with ``+changes`` where its files differ from it; None outside a git checkout of its own."""
+
+    def git(*words: str) -> str:
+        package = Path(__file__).parents[1]
+        done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # else the checkout is somebody else's, with this package installed inside
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

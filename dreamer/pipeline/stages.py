@@ -11,6 +11,8 @@ from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.train import train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
 
+START = "start"  # of Python and PyTorch: no stage, but time that people wait
+
 # phase 3 before the baseline that must train for as long
 STAGES: dict[str, Callable[[Run], bool]] = {
     "record": record_episodes,
@@ -39,11 +41,19 @@ def run_stage(run: Run, name: str) -> bool:
     return did_work
 
 
-def run_all(run: Run, say: Callable[[str], None]) -> None:
-    """Every stage in order, from recording to report. ``say`` is told what begins and how long it took."""
+def run_all(run: Run, say: Callable[[str], None], began: float | None = None) -> None:
+    """Every stage in order, from recording to report. ``say`` is told what begins and how long it took.
+
+    ``began``: when the process did, on the clock of ``time.monotonic``; what passed since is noted as the stage ``START`` if there is
+    anything left to do.
+    """
+    start_up = 0.0 if began is None else time.monotonic() - began
     for number, name in enumerate(STAGES, start=1):
         began = time.monotonic()
         say(f"[{number}/{len(STAGES)}] {name}")
         did_work = run_stage(run, name)
+        if did_work and start_up and name != "report":  # a report is made every time
+            run.add_spent(START, start_up)
+            start_up = 0.0
         took = f"{time.monotonic() - began:.1f} s"
         say(f"[{number}/{len(STAGES)}] {name}: {took if did_work else 'already done'}")

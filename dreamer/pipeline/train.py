@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from dreamer.models import Agent, CausalTokenizer
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
 from dreamer.training.checkpoint import list_checkpoints, read_json
+from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer
 from dreamer.training.models_io import agent_info, tokenizer_info, weights_fingerprint
 from dreamer.training.phase0 import Phase0, make_perceptual
@@ -77,6 +79,7 @@ def train_phase1(run: Run) -> bool:
         actions_per_step=latents.temporal_stride,
     )
     phase = Phase1(agent, config.shortcut).to(run.device)
+    warn_of_unseen_distances(run)
     data = _Data(run, latents, config.sequence_length)
     hook = validation.all_of(
         validation.validate_world_model(phase, data.held_out(config.train.batch_size), run.seed("validation")),
@@ -84,7 +87,21 @@ def train_phase1(run: Run) -> bool:
     )
     settings = _settings(run, "phase1", config, latents)
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase1")
-    return _train(run, "phase1", phase, config.train, settings, info, data.stream("phase1", config.train.batch_size), hook)
+    stream = data.stream("phase1", config.train.batch_size, lengths=config)
+    return _train(run, "phase1", phase, config.train, settings, info, stream, hook)
+
+
+def warn_of_unseen_distances(run: Run) -> None:
+    """Once a process: rows shorter than the context never show the dynamics how far it will look back in a long dream."""
+    config = run.config
+    seen = config.agent.dynamics.transformer.context_length
+    lengths = {"phase1": config.phase1.longest, "phase2": config.phase2.longest}
+    if short := [f"{name}.sequence_length is {longest}" for name, longest in lengths.items() if longest < seen]:
+        warnings.warn(
+            f"{', '.join(short)}, but agent.dynamics.transformer.context_length is {seen}: dreams longer than the rows of training look "
+            "back over distances that were never trained; set long_sequence_length above the context_length, or lower the context_length",
+            stacklevel=1,  # this line, whoever calls: Python shows a warning once a line
+        )
 
 
 def train_phase2(run: Run) -> bool:
@@ -115,6 +132,7 @@ def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Pha
     latents = run.latents(tokenizer)
     agent = run.agent(start, tokenizer, start_steps)
     phase = Phase2(agent, config.shortcut, config.loss).to(run.device)
+    warn_of_unseen_distances(run)
     data = _Data(run, latents, config.sequence_length)
     returns = run.episodes().returns
     relevant = relevant_episodes(returns, np.asarray(data.train_ids), config.relevant)
@@ -125,7 +143,7 @@ def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Pha
     )
     settings = _settings(run, name, config, latents, weights_fingerprint(run.path / start))
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase=name)
-    stream = data.stream(name, config.train.batch_size, config.relevant.fraction, relevant)
+    stream = data.stream(name, config.train.batch_size, config.relevant.fraction, relevant, lengths=config)
     return _train(run, name, phase, config.train, settings, info, stream, hook)
 
 
@@ -149,8 +167,19 @@ class _Data:
         self.run, self.latents, self.sequence_length = run, latents, sequence_length
         self.train_ids, self.val_ids = run.split(len(latents))
 
-    def stream(self, name: str, batch_size: int, relevant_fraction: float = 0.0, relevant: Ids | None = None) -> Callable[[int], Stream]:
+    def stream(
+        self,
+        name: str,
+        batch_size: int,
+        relevant_fraction: float = 0.0,
+        relevant: Ids | None = None,
+        lengths: SequenceConfig | None = None,
+    ) -> Callable[[int], Stream]:
+        """Batches from the training episodes; ``lengths``: with its long rows."""
         dataset = PretokenizedDataset(self.latents, self.sequence_length, self.train_ids)
+        long, long_every = None, 1
+        if lengths is not None and lengths.long_sequence_length is not None:
+            long, long_every = PretokenizedDataset(self.latents, lengths.long_sequence_length, self.train_ids), lengths.long_every
         return lambda start: batches(
             dataset,
             batch_size=batch_size,
@@ -158,6 +187,8 @@ class _Data:
             start_step=start,
             relevant_fraction=relevant_fraction,
             relevant_episodes=relevant,
+            long=long,
+            long_every=long_every,
         )
 
     def held_out(self, batch_size: int, returns: np.ndarray | None = None, config: Phase2Config | None = None) -> list[Batch]:
@@ -199,7 +230,10 @@ def _data(run: Run, fingerprint: str) -> dict[str, Any]:
 def _settings(run: Run, name: str, config: Config, latents: LatentStore, start: str | None = None) -> dict[str, Any]:
     """All that decides how the weights of a phase come out: a run is resumed with the same, or not at all."""
     data = _data(run, latents.source_fingerprint) | {"tokenizer": latents.tokenizer_fingerprint}
-    return {name: _json(config), "agent": _json(run.config.agent), "data": data, "initial_weights": start}
+    own = _json(config)
+    if isinstance(config, SequenceConfig) and config.long_sequence_length is None:
+        del own["long_every"]  # decides nothing
+    return {name: own, "agent": _json(run.config.agent), "data": data, "initial_weights": start}
 
 
 def _train(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field
 from torch import Tensor
 
 from dreamer.losses.shortcut_loss import ShortcutForcingConfig, ShortcutForcingLoss
 from dreamer.models.agent import Agent
 from dreamer.models.dynamics import Dynamics, DynamicsOutput
+from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
-from dreamer.types import Batch, Config
+from dreamer.types import Batch
 
 
-class Phase1Config(Config):
+class Phase1Config(SequenceConfig):
     train: TrainConfig = TrainConfig()
-    sequence_length: int = Field(default=16, ge=2)  # latent steps a row
     shortcut: ShortcutForcingConfig = ShortcutForcingConfig()
 
 

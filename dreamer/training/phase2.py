@@ -11,6 +11,7 @@ from torch import Tensor
 from dreamer.data.alignment import mtp_targets
 from dreamer.losses import LossNormalizer, ShortcutForcingConfig, ShortcutForcingLoss, behaviour_cloning_loss, continue_loss, reward_loss
 from dreamer.models.agent import Agent
+from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.training.phase1 import shortcut_step
 from dreamer.types import Batch, Config
@@ -31,9 +32,8 @@ class RelevantConfig(Config):
     return_quantile: float = Field(default=0.5, ge=0, lt=1)  # relevant: episodes whose return is at or above this quantile
 
 
-class Phase2Config(Config):
+class Phase2Config(SequenceConfig):
     train: TrainConfig = TrainConfig()
-    sequence_length: int = Field(default=16, ge=2)  # latent steps a row
     shortcut: ShortcutForcingConfig = ShortcutForcingConfig()
     loss: AgentLossConfig = AgentLossConfig()
     relevant: RelevantConfig = RelevantConfig()
@@ -73,7 +73,7 @@ class Phase2(Phase):
         rows = ~batch.is_relevant | batch.is_relevant.all()
         dynamics_loss, metrics, output, no_history = shortcut_step(self.model.dynamics, self.loss, batch, generator, batch.task, rows=rows)
         assert output.features is not None
-        terms = {"dynamics": dynamics_loss, **self._head_losses(batch, output.features, ~no_history)}
+        terms = {"dynamics": (dynamics_loss, rows), **self._head_losses(batch, output.features, ~no_history)}
         weights = {
             "dynamics": config.dynamics_weight,
             "policy": config.policy_weight,
@@ -81,12 +81,15 @@ class Phase2(Phase):
             "continue": config.continue_weight,
         }
         total = torch.zeros((), device=batch.latents.device)
-        for name, term in terms.items():
-            metrics[f"{name}_loss"] = term.detach()
-            total = total + weights[name] * (self.normalizer(name, term) if config.normalize_losses else term)
+        for name, (term, counted) in terms.items():
+            has_rows = bool(counted.any())
+            if has_rows:  # a mean of nothing is left out
+                metrics[f"{name}_loss"] = term.detach()
+            total = total + weights[name] * (self.normalizer(name, term, has_rows) if config.normalize_losses else term)
         return total, metrics
 
-    def _head_losses(self, batch: Batch, features: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    def _head_losses(self, batch: Batch, features: Tensor, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each head's loss, and the mask of what counts in it."""
         heads, agent = self.model.config.heads, self.model
         distances = heads.num_distances
         actions, in_window = mtp_targets(batch.actions, distances)
@@ -97,7 +100,7 @@ class Phase2(Phase):
         relevant = batch.is_relevant[:, None, None]
         policy_mask = (known & in_window[..., None]) & relevant[..., None]
         return {
-            "policy": behaviour_cloning_loss(agent.policy(features).log_prob(actions), policy_mask),
-            "reward": reward_loss(agent.reward(features), rewards, in_window, heads.bin_range),
-            "continue": continue_loss(agent.continue_(features), terminals, in_window),
+            "policy": (behaviour_cloning_loss(agent.policy(features).log_prob(actions), policy_mask), policy_mask),
+            "reward": (reward_loss(agent.reward(features), rewards, in_window, heads.bin_range), in_window),
+            "continue": (continue_loss(agent.continue_(features), terminals, in_window), in_window),
         }

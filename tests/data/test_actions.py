@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer.data.actions import ActionCodec, action_space_from_gym, decode_action, encode_action
+from dreamer.types import ActionComponent
 
 SPACES = {
     "discrete": spaces.Discrete(6),
@@ -37,6 +38,13 @@ def test_components():
 def test_start_is_taken_off():
     assert encode_action(SPACES["discrete from 3"], 5).tolist() == [2]
     assert decode_action(SPACES["discrete from 3"], np.array([2.0])) == 5
+
+
+@pytest.mark.parametrize(("low", "high"), [(-np.inf, 1.0), (0.0, np.inf), (np.nan, 1.0), (-np.inf, np.inf), (1.0, 1.0), (2.0, 1.0)])
+def test_a_continuous_component_has_finite_bounds(low, high):
+    with pytest.raises(ValueError, match="'aim'.*expected finite bounds, low below high"):
+        ActionComponent("aim", "continuous", 1, float(low), float(high))
+    ActionComponent("key", "binary", 1, float(low), float(high))  # bounds are of continuous components only
 
 
 def test_labels_are_checked():

@@ -14,6 +14,7 @@ from dreamer.data import (
     pretokenize,
     split_episodes,
 )
+from dreamer.data.pretokenized_dataset import long_batch_size
 from dreamer.types import Batch
 
 LENGTHS = [6, 9, 5, 10, 7, 8]
@@ -113,6 +114,43 @@ def test_relevant_and_uniform_rows_walk_different_orders(make_latents):
     dataset = PretokenizedDataset(make_latents(), 4, episodes=[1, 3])
     for batch in take(batches(dataset, batch_size=8, seed=0, relevant_fraction=0.5, relevant_episodes=[1, 3]), 3):
         assert not torch.equal(batch.latents[:4], batch.latents[4:])
+
+
+@pytest.mark.parametrize(("batch_size", "short", "long", "rows"), [(16, 8, 16, 8), (16, 8, 20, 6), (4, 5, 9, 2), (2, 4, 40, 1)])
+def test_long_batches_hold_about_as_many_steps(batch_size, short, long, rows):
+    assert long_batch_size(batch_size, short, long) == rows
+
+
+def test_every_nth_batch_is_long(make_latents):
+    store = make_latents()
+    short, long = PretokenizedDataset(store, 3), PretokenizedDataset(store, 6)
+    got = take(batches(short, batch_size=4, seed=0, long=long, long_every=3, prefetch=0), 9)
+    shapes = [tuple(batch.latents.shape[:2]) for batch in got]
+    assert shapes == [(4, 3), (4, 3), (2, 6)] * 3
+    plain = take(batches(short, batch_size=4, seed=0, prefetch=0), 6)
+    assert all(equal(a, b) for a, b in zip([b for i, b in enumerate(got) if i % 3 < 2], plain, strict=True))  # none is left out
+    all_long = take(batches(short, batch_size=4, seed=0, long=long, long_every=1, prefetch=0), 3)
+    assert all(equal(a, b) for a, b in zip(all_long, got[2::3], strict=True))
+    with pytest.raises(ValueError, match="long_every is 0"):
+        batches(short, batch_size=4, seed=0, long=long, long_every=0)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 7])
+def test_long_batches_resume_exactly_and_keep_their_relevant_rows(make_latents, start):
+    store = make_latents()
+    options = {
+        "batch_size": 8,
+        "seed": 5,
+        "relevant_fraction": 0.5,
+        "relevant_episodes": [1, 3],
+        "long": PretokenizedDataset(store, 7),
+        "long_every": 3,
+    }
+    whole = take(batches(PretokenizedDataset(store, 3), **options), 10)
+    resumed = take(batches(PretokenizedDataset(store, 3), **options, start_step=start), 10 - start)
+    assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+    assert whole[2].is_relevant.tolist() == [True, True, False]  # 8 * 3 / 7 rows
+    assert set((whole[2].latents[:2, 0, 0, 0] // 10).tolist()) <= {1, 3}
 
 
 def test_damage_found_by_the_thread_reaches_the_consumer(make_latents):

@@ -79,6 +79,17 @@ def test_a_non_finite_loss_is_left_out_of_the_estimate_but_not_hidden(bad: float
     assert torch.isfinite(normalizer("a", torch.tensor(2.0)))
 
 
+def test_a_loss_without_rows_is_no_measurement() -> None:
+    normalizer = LossNormalizer(("a",))
+    assert normalizer("a", torch.tensor(0.0), False) == 0  # before any measurement
+    normalizer("a", torch.tensor(2.0))
+    before = normalizer.mean_square.clone(), normalizer.count.clone()
+    assert normalizer("a", torch.tensor(0.0), False) == 0
+    assert (normalizer.mean_square, normalizer.count) == before
+    normalizer("a", torch.tensor(0.0))  # a loss of 0 that was measured counts
+    assert normalizer.mean_square < before[0]
+
+
 def test_zero_losses_stay_zero() -> None:
     normalizer = LossNormalizer(("a",))
     assert normalizer("a", torch.tensor(0.0)) == 0

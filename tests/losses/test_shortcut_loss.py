@@ -296,5 +296,3 @@ def test_alternating_context_is_every_other_step_of_its_rows() -> None:
     assert even.any() and odd.any()
     other = is_context[~(even | odd)]
     assert other.float().mean() < 0.35
-
-

@@ -233,6 +233,10 @@ def test_the_fingerprint_changes_with_any_weight_and_setting(tokenizer: CausalTo
     deeper = make(tokenizer.config.layout, max_masking=0.5)
     deeper.load_state_dict(tokenizer.state_dict())
     assert deeper.fingerprint() != original
+    turned = make(tokenizer.config.layout)
+    turned.load_state_dict(tokenizer.state_dict())
+    turned.frame_shape = (3, 24, 16)  # as many patches, other frames
+    assert turned.fingerprint() != original
     assert tokenizer.bfloat16().fingerprint() != original
 
 

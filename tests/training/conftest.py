@@ -62,8 +62,8 @@ def tiny(run_dir: Path, episodes: Path, **changes: Any) -> DreamerConfig:
             "heads": {"hidden": 16, "num_distances": 2, "num_bins": 11, "bin_range": 3.0},
         },
         "phase0": {"train": train, "normalization_frames": 32},
-        "phase1": {"train": train, "sequence_length": 5},
-        "phase2": {"train": train, "sequence_length": 5},
+        "phase1": {"train": train, "sequence_length": 5, "long_sequence_length": 8, "long_every": 3},
+        "phase2": {"train": train, "sequence_length": 5, "long_sequence_length": 8, "long_every": 2},
         "phase3": {
             "train": train,
             "imagination": {"updates_per_rollout": 2, "rollout": {"horizon": 3, "context": 2, "sampler": {"num_steps": 2}}},

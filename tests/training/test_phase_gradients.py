@@ -169,6 +169,26 @@ def test_behaviour_cloning_learns_from_relevant_rows_alone(agent: Agent) -> None
     assert losses(1)[0] != float(metrics["policy_loss"])
 
 
+def test_a_term_without_rows_moves_no_scale_and_is_not_logged(agent: Agent) -> None:
+    phase = Phase2(agent, ShortcutForcingConfig(independent_fraction=0.0), AgentLossConfig())
+    with_rows = phase(batch(num_relevant=4), 0, generator())[1]
+    assert {"dynamics_loss", "policy_loss", "reward_loss", "continue_loss"} <= set(with_rows)
+    before, counts = phase.normalizer.mean_square.clone(), phase.normalizer.count.clone()
+    loss, metrics = phase(batch(num_relevant=0), 1, generator())
+    moved = phase.normalizer.mean_square != before
+    assert dict(zip(phase.normalizer.names, moved.tolist(), strict=True)) == {
+        "dynamics": True,
+        "policy": False,
+        "reward": True,
+        "continue": True,
+    }
+    assert (phase.normalizer.count - counts).tolist() == [1, 0, 1, 1]
+    assert "policy_loss" not in metrics and torch.isfinite(loss)
+    images = Phase2(agent, ShortcutForcingConfig(independent_fraction=1.0), AgentLossConfig())
+    metrics = images(batch(num_relevant=4), 0, generator())[1]
+    assert images.normalizer.count.tolist() == [1, 0, 0, 0] and "reward_loss" not in metrics and "dynamics_loss" in metrics
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [4, 0, 5, 1, 6, 2, 7, 3]])
 def test_bootstrap_rows_are_a_fraction_of_the_uniform_rows(agent: Agent, monkeypatch: pytest.MonkeyPatch, order: list[int]) -> None:
     phase = Phase2(agent, ShortcutForcingConfig(bootstrap_fraction=0.5), AgentLossConfig())

@@ -296,3 +296,14 @@ def test_alternating_context_is_every_other_step_of_its_rows() -> None:
     assert even.any() and odd.any()
     other = is_context[~(even | odd)]
     assert other.float().mean() < 0.35
+
+
+def test_rows_that_teach_only_the_heads_can_be_shown_as_acting_shows_them() -> None:
+    """``num_scored`` rows count and come last; the rows before them take ``heads_context_fraction``."""
+    loss = make_loss(context_fraction=0.0, heads_context_fraction=1.0, bootstrap_fraction=0.5)
+    corrupted = loss.corrupt(torch.zeros(8, 5, 1, 1), torch.Generator().manual_seed(0), num_scored=3)
+    context_idx = flow.signal_index(loss.config.context_signal, loss.max_steps)
+    assert (corrupted.signal_idx[:5] == context_idx).all() and (corrupted.step_idx[:5] == FINEST).all()
+    assert not (corrupted.signal_idx[5:] == context_idx).all(1).any()
+    everywhere = make_loss(context_fraction=0.0, bootstrap_fraction=0.5)
+    assert not (everywhere.corrupt(torch.zeros(8, 5, 1, 1), torch.Generator().manual_seed(0), 3).signal_idx[:5] == context_idx).all()

@@ -64,7 +64,7 @@ def test_a_time_layer_does_not_mix_tokens_and_a_space_layer_does_not_mix_steps()
 
 def test_time_layers_stand_where_the_config_says() -> None:
     assert [layer.is_time for layer in make(num_layers=8, time_every=4).layers] == [False] * 3 + [True] + [False] * 3 + [True]
-    assert [layer.is_time for layer in make(num_layers=4, time_every=2, time_first=True).layers] == [True, False, True, False]
+    assert [layer.is_time for layer in make(num_layers=4, time_every=2).layers] == [False, True, False, True]
     assert not any(layer.is_time for layer in make(time_every=0).layers)
 
 
@@ -187,7 +187,7 @@ def test_nothing_reads_the_agent_tokens_and_they_read_everything() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[1] * 14, [3, 1, 4, 2, 4], [9, 1, 4], [14]])
-@pytest.mark.parametrize("changes", [{}, {"logit_softcap": None}, {"num_kv_heads": 1, "time_first": True}])
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": None}, {"num_kv_heads": 1}])
 def test_with_a_cache_the_result_is_the_same_far_beyond_the_context(pieces: list[int], changes: dict) -> None:
     model, x = make(**changes), torch.randn(2, 14, S, 16)
     cache = model.new_cache(2, S)

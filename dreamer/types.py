@@ -232,6 +232,7 @@ class Reader(Protocol):
 
     name: str
     action_space: ActionSpace
+    frames_per_second: float
 
     def find(self, path: Path) -> list[Path]: ...
 

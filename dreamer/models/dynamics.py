@@ -7,7 +7,6 @@ S all tokens of a step's block: [action, signal and step, N spatial, registers, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from einops import rearrange, repeat
@@ -25,7 +24,6 @@ class DynamicsConfig(Config):
     num_registers: int = Field(default=4, ge=0)
     max_steps: int = Field(default=64, ge=2)  # K_max: the finest step size is 1 / K_max
     num_tasks: int = Field(default=1, ge=1)
-    action_input: Literal["token", "add"] = "token"  # add: the action is also added to every token of the step
 
     @field_validator("max_steps")
     @classmethod
@@ -160,8 +158,6 @@ class Dynamics(nn.Module):
         spatial = self.latent_in(noisy) + self.spatial_position
         action = self.action_embedding(prev_actions, prev_action_mask).to(spatial.dtype)
         level = torch.cat([self.signal_embedding(signal_idx), self.step_embedding(step_idx)], dim=-1).to(spatial.dtype)
-        if self.config.action_input == "add":
-            spatial = spatial + action.unsqueeze(2)
         parts = [
             action.unsqueeze(2),
             level.unsqueeze(2),

@@ -75,7 +75,6 @@ def steps_equal(a: Tensor, b: Tensor) -> list[bool]:
 FROM_2_ON = [True, True, False, False, False]
 
 
-@pytest.mark.parametrize("action_input", ["token", "add"])
 @pytest.mark.parametrize(
     ("name", "where", "value"),
     [
@@ -89,18 +88,17 @@ FROM_2_ON = [True, True, False, False, False]
         ("step_idx", (slice(None), 2), 3),
     ],
 )
-def test_every_input_of_a_step_reaches_that_step_and_the_later_ones_alone(name: str, where, value, action_input: str) -> None:
-    model = make(action_input=action_input)
+def test_every_input_of_a_step_reaches_that_step_and_the_later_ones_alone(name: str, where, value) -> None:
+    model = make()
     inputs = draw()
     inputs = inputs.change("signal_idx", slice(None), 1).change("step_idx", slice(None), 1).change("prev_actions", (..., 0), 0.0)
     out, other = inputs.run(model).latents, inputs.change(name, where, value).run(model).latents
     assert steps_equal(out[:1], other[:1]) == FROM_2_ON
 
 
-@pytest.mark.parametrize("action_input", ["token", "add"])
 @pytest.mark.parametrize("junk", [3.0, -1.0, 1e6, float("nan")])
-def test_an_action_that_is_not_known_is_not_read(junk: float, action_input: str) -> None:
-    model = make(action_input=action_input)
+def test_an_action_that_is_not_known_is_not_read(junk: float) -> None:
+    model = make()
     inputs = draw().change("prev_action_mask", (slice(None), 2), False)
     assert torch.equal(inputs.run(model).latents, inputs.change("prev_actions", (slice(None), 2), junk).run(model).latents)
 
@@ -256,9 +254,8 @@ def test_rows_without_history_are_separate_images_without_actions() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 8])
-@pytest.mark.parametrize("action_input", ["token", "add"])
-def test_gradients_reach_every_parameter(slots: int, action_input: str) -> None:
-    model = make(actions_per_step=slots, action_input=action_input).train()
+def test_gradients_reach_every_parameter(slots: int) -> None:
+    model = make(actions_per_step=slots).train()
     inputs = draw(batch=4, slots=slots, task=True).change("prev_action_mask", (slice(None), 0), False)
     out = inputs.change("prev_action_mask", (0, 1, slice(0, 1)), False).run(model)
     assert out.features is not None

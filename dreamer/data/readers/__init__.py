@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from dreamer.data.readers.npy import NpyReader
 from dreamer.data.readers.video import VideoReader
+from dreamer.types import Reader
 
-READERS: dict[str, type[NpyReader] | type[VideoReader]] = {
+READERS: dict[str, Callable[..., Reader]] = {
     "npy": NpyReader,
     "video": VideoReader,
 }
 
 
-def make_reader(name: str, path: Path | str, **options: Any) -> NpyReader | VideoReader:
+def make_reader(name: str, path: Path | str, **options: Any) -> Reader:
     """The reader ``name`` for the recordings at ``path``. Raises ``ValueError`` for an unknown name, with the nearest."""
     if name not in READERS:
         near = get_close_matches(name, READERS, 1)

@@ -99,7 +99,12 @@ class Run:
         return agent
 
     def has(self, phase: str) -> bool:
-        return bool(list_checkpoints(self.path / phase))
+        """Whether ``phase`` was trained; ``ValueError`` if it began and did not end: half a training must not be judged as a whole."""
+        found = list_checkpoints(self.path / phase)
+        if found:
+            settings = read_json(found[-1][1] / "state.json")["settings"]
+            self.require_finished(phase, int(settings[phase]["train"]["steps"]))
+        return bool(found)
 
     def require_finished(self, phase: str, steps: int | None) -> None:
         found = list_checkpoints(self.path / phase)
@@ -156,7 +161,11 @@ def peak_memory_mb() -> float:
 
 def hardware(device: torch.device) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = {"CPU": f"{cores} cores, {_cpu_name()}", "threads": str(torch.get_num_threads()), "system": platform.platform(terse=True)}
+    facts = {
+        "CPU": f"{cores} cores, {_cpu_name()}",
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     if device.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(device)
     return facts | {"Python": platform.python_version(), "PyTorch": torch.__version__, "dreamer": __version__}

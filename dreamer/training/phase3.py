@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dreamer.imagination.rollout import ImaginationRollout, RolloutConfig
@@ -28,6 +28,15 @@ class ImaginationConfig(Config):
 class Phase3Config(Config):
     train: TrainConfig = TrainConfig()
     imagination: ImaginationConfig = ImaginationConfig()
+
+    @model_validator(mode="after")
+    def _one_trajectory_at_a_time(self) -> Phase3Config:
+        if self.train.accumulate > 1 and self.imagination.updates_per_rollout > 1:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate} and imagination.updates_per_rollout {self.imagination.updates_per_rollout}; "
+                "a rollout is kept for one batch at a time, so one of them must be 1"
+            )
+        return self
 
 
 def freeze_world_model(agent: Agent) -> None:
@@ -98,4 +107,4 @@ class Phase3(Phase):
             "value": values.mean(),
             "entropy": policy.entropy().sum(-1).mean().detach(),
         }
-        return value_term + float(with_policy) * policy_term, metrics
+        return value_term + policy_term if with_policy else value_term, metrics

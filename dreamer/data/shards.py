@@ -9,13 +9,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,33 +21,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dreamer.data.files import atomic_file
+
 STORE_FILE = "store.json"
 STALE_SECONDS = 3600  # a temporary file this old belongs to a writer that died
 DISK_MARGIN = 1 << 20
 DTYPES = {"BOOL": "bool", "U8": "uint8", "U32": "uint32", "I64": "int64", "F16": "float16", "F32": "float32"}
 Rows = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape of a row
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: renamed to it once the block is done and the bytes are on the disk, else removed."""
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield tmp
-        _fsync(tmp)
-        os.replace(tmp, path)
-        _fsync(path.parent)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_disk(folder: Path, num_bytes: int) -> None:

@@ -18,6 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from dreamer.data.files import atomic_file
+
 MAX_GIF_FPS = 50  # browsers slow down anything faster
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webp")
 
@@ -117,20 +119,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write beside, fsync, rename: after a crash the old file or the new one is there, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name itself must survive a power cut
-    finally:
-        os.close(directory)
+    with atomic_file(path) as beside:
+        beside.write_bytes(data)
     return path
 
 

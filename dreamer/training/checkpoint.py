@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dreamer.data.files import fsync_path
+
 FILES = ("model.safetensors", "model.json", "train_state.safetensors", "state.json")
 
 
@@ -66,25 +68,17 @@ def save_checkpoint(
         (temporary / "model.json").write_text(json.dumps(model_info, indent=1))
         (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
         for name in FILES:
-            _fsync(temporary / name)
+            fsync_path(temporary / name)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync(final.parent)
+    fsync_path(final.parent)
     for _, old in list_checkpoints(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_json(path: Path) -> dict[str, Any]:

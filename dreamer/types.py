@@ -130,6 +130,7 @@ class Episode:
     terminals: Bool[np.ndarray, " F"]
     task: int = 0
     info: dict[str, Any] = field(default_factory=dict)  # JSON values: player, seed, source file, ...
+    has_rewards: bool = True  # False: nobody knows the rewards, which read 0, nor the end; no head learns from them
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -148,6 +149,7 @@ class Batch:
     terminals: Bool[Tensor, "B T"]
     is_first: Bool[Tensor, "B T"]
     task: Int[Tensor, " B"]
+    has_rewards: Bool[Tensor, " B"]  # False: rewards and terminals are not known
     is_relevant: Bool[Tensor, " B"]  # drawn from the episodes that reach the task: behaviour cloning learns from these
 
     def to(self, device: torch.device | str) -> Batch:

@@ -86,8 +86,7 @@ def episode_from_steps(
 
 
 def episode_without_actions(frames: UInt8[np.ndarray, "F C H W"], num_columns: int, info: dict[str, Any] | None = None) -> Episode:
-    """An episode of which only the frames are known: every action is masked. Its rewards are not known either; they read 0, so
-    train rewards only on other episodes (``info["is_unlabelled"]`` tells)."""
+    """An episode of which only the frames are known: every action is masked, and ``has_rewards`` is False."""
     length = len(frames)
     return Episode(
         frames=frames,
@@ -95,7 +94,8 @@ def episode_without_actions(frames: UInt8[np.ndarray, "F C H W"], num_columns: i
         action_mask=np.zeros(length, bool),
         rewards=np.zeros(length, np.float32),
         terminals=np.zeros(length, bool),
-        info={**(info or {}), "is_unlabelled": True},
+        has_rewards=False,
+        info=dict(info or {}),
     )
 
 

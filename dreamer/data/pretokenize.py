@@ -75,6 +75,7 @@ def pretokenize(
                 chunk_rewards(rows["rewards"], stride),
                 chunk_terminals(rows["terminals"], stride),
                 int(store.tasks[episode]),
+                bool(store.has_rewards[episode]),
             )
             if progress:
                 progress(episode + 1, total)

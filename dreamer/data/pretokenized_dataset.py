@@ -54,8 +54,9 @@ class PretokenizedDataset:
         parts = [self._window(episode, start) for episode, start in rows]
         relevant = np.zeros(len(rows), bool) if is_relevant is None else is_relevant
         stacked = {name: torch.from_numpy(np.stack([p[name] for p in parts])) for name in parts[0]}
-        task = torch.from_numpy(self.store.tasks[[episode for episode, _ in rows]])
-        return Batch(**stacked, task=task, is_relevant=torch.from_numpy(relevant.copy()))
+        episodes = [episode for episode, _ in rows]
+        task, has_rewards = torch.from_numpy(self.store.tasks[episodes]), torch.from_numpy(self.store.has_rewards[episodes])
+        return Batch(**stacked, task=task, has_rewards=has_rewards, is_relevant=torch.from_numpy(relevant.copy()))
 
     def _window(self, episode: int, start: int) -> dict[str, np.ndarray]:
         """A window is read with the step before it, whose actions led to the window's first step."""

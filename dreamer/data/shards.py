@@ -191,7 +191,7 @@ class ShardedStore:
     """
 
     kind: str
-    entry_types: ClassVar[dict[str, type]] = {"length": int, "task": int, "checksum": int}
+    entry_types: ClassVar[dict[str, type]] = {"length": int, "task": int, "has_rewards": bool, "checksum": int}
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -239,6 +239,11 @@ class ShardedStore:
     @property
     def tasks(self) -> np.ndarray:
         return np.array([e["task"] for e in self._entries], np.int64)
+
+    @property
+    def has_rewards(self) -> np.ndarray:
+        """Of which episodes rewards and ends are known."""
+        return np.array([e["has_rewards"] for e in self._entries], bool)
 
     def place(self, episode: int, start: int, stop: int | None) -> tuple[Shard, slice]:
         """The shard and the rows of a part of an episode. Raises ``ValueError`` for what does not exist or is damaged."""

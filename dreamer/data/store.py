@@ -69,6 +69,7 @@ class EpisodeWriter(ShardedWriter):
             "length": len(episode),
             "num_bytes": int(rows["frame_ends"][-1]),
             "task": int(episode.task),
+            "has_rewards": episode.has_rewards,
             "return": float(episode.rewards.sum(dtype=np.float64)),
             "info": episode.info,
             "checksum": rows_checksum(rows),
@@ -135,6 +136,7 @@ class EpisodeStore(ShardedStore):
             rewards=rows["rewards"].copy(),
             terminals=rows["terminals"].copy(),
             task=self._entries[index]["task"],
+            has_rewards=self._entries[index]["has_rewards"],
             info=dict(self.infos[index]),
         )
 
@@ -227,6 +229,7 @@ class LatentWriter(ShardedWriter):
         rewards: Float32[np.ndarray, " T"],
         terminals: Bool[np.ndarray, " T"],
         task: int = 0,
+        has_rewards: bool = True,
     ) -> None:
         """Queue one episode. Raises ``ValueError`` for other shapes than the store's, and for values that are not finite."""
         with np.errstate(over="ignore"):  # found below, with a message
@@ -245,7 +248,8 @@ class LatentWriter(ShardedWriter):
                 raise ValueError(f"{self.path}: episode {self.num_added}: {name} is {got}; expected {dtype} {(len(latents), *shape)}")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(f"{self.path}: episode {self.num_added}: {name} holds NaN, infinity or more than {self.meta['dtype']} can")
-        self._append({"length": len(latents), "task": int(task), "checksum": rows_checksum(rows)}, rows)
+        entry = {"length": len(latents), "task": int(task), "has_rewards": bool(has_rewards), "checksum": rows_checksum(rows)}
+        self._append(entry, rows)
         self.num_added += 1
 
     def _header(self) -> dict[str, Any]:

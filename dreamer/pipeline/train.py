@@ -135,7 +135,7 @@ def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Pha
     warn_of_unseen_distances(run)
     data = _Data(run, latents, config.sequence_length)
     returns = run.episodes().returns
-    relevant = relevant_episodes(returns, np.asarray(data.train_ids), config.relevant)
+    relevant = relevant_episodes(returns, latents.has_rewards, np.asarray(data.train_ids), config.relevant)
     held_out = data.held_out(config.train.batch_size)
     hook = validation.all_of(
         validation.validate_world_model(phase, held_out, run.seed("validation")),
@@ -154,6 +154,8 @@ def train_phase3(run: Run) -> bool:
     agent = run.agent("phase2", tokenizer, run.config.phase2.train.steps)
     phase = Phase3(agent, config.imagination).to(run.device)
     data = _Data(run, latents, config.imagination.rollout.context)
+    if not latents.has_rewards[data.train_ids].any():
+        raise ValueError(f"{latents.path}: no episode's rewards are known, so there is nothing to practise for; phase 3 needs some that are")
     hook = validation.validate_imagination(phase, data.held_out(config.train.batch_size), run.seed("validation"))
     settings = _settings(run, "phase3", config, latents, weights_fingerprint(run.path / "phase2"))
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase3")
@@ -195,7 +197,7 @@ class _Data:
         """The same batches every time. With ``returns``: rows of relevant episodes alone."""
         ids, fraction = self.val_ids, 0.0
         if returns is not None and config is not None:
-            ids, fraction = relevant_episodes(returns, np.asarray(ids), config.relevant), 1.0
+            ids, fraction = relevant_episodes(returns, self.latents.has_rewards, np.asarray(ids), config.relevant), 1.0
         dataset = PretokenizedDataset(self.latents, self.sequence_length, ids)
         stream = batches(
             dataset, batch_size=batch_size, seed=self.run.seed("validation"), relevant_fraction=fraction, relevant_episodes=ids, prefetch=0

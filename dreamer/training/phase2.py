@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -39,8 +39,15 @@ class Phase2Config(SequenceConfig):
     relevant: RelevantConfig = RelevantConfig()
 
 
-def relevant_episodes(returns: Float[np.ndarray, " n"], episodes: Int[np.ndarray, " k"], config: RelevantConfig) -> Int[np.ndarray, " r"]:
-    """Those of ``episodes`` whose return is at or above the quantile of their returns; never the worst ones, if returns differ."""
+def relevant_episodes(
+    returns: Float[np.ndarray, " n"], has_rewards: Bool[np.ndarray, " n"], episodes: Int[np.ndarray, " k"], config: RelevantConfig
+) -> Int[np.ndarray, " r"]:
+    """Those of ``episodes`` whose return is at or above the quantile of their returns; never the worst ones, if returns differ.
+
+    An episode whose rewards are not known is never relevant, unless none is known: then there is nothing to choose by, and all are.
+    """
+    if has_rewards[episodes].any():
+        episodes = episodes[has_rewards[episodes]]
     own = returns[episodes]
     limit = np.quantile(own, config.return_quantile)
     if limit <= own.min() < own.max():
@@ -52,7 +59,7 @@ class Phase2(Phase):
     """``forward(batch, step, generator) -> (loss, metrics)``.
 
     Behaviour cloning learns from the relevant rows only, the dynamics from the uniform rows only (from all where there are none);
-    reward and continue from all. Rows that stand as single frames teach no head.
+    reward and continue from all whose rewards are known. Rows that stand as single frames teach no head.
     """
 
     model: Agent
@@ -98,9 +105,10 @@ class Phase2(Phase):
         terminals, _ = mtp_targets(batch.terminals, distances)
         in_window = in_window & rows[:, None, None]
         relevant = batch.is_relevant[:, None, None]
+        rewarded = in_window & batch.has_rewards[:, None, None]
         policy_mask = (known & in_window[..., None]) & relevant[..., None]
         return {
             "policy": (behaviour_cloning_loss(agent.policy(features).log_prob(actions), policy_mask), policy_mask),
-            "reward": (reward_loss(agent.reward(features), rewards, in_window, heads.bin_range), in_window),
-            "continue": (continue_loss(agent.continue_(features), terminals, in_window), in_window),
+            "reward": (reward_loss(agent.reward(features), rewards, rewarded, heads.bin_range), rewarded),
+            "continue": (continue_loss(agent.continue_(features), terminals, rewarded), rewarded),
         }

@@ -124,13 +124,13 @@ def validate_heads(phase: Phase2, batches: Sequence[Batch], seed: int) -> Hook:
             features = sampler.observe(state, batch.latents, batch.prev_actions, batch.prev_action_mask)
             policy, known = agent.policy.now(features), batch.action_mask & batch.is_relevant[:, None, None]
             reward_error = (agent.reward.mean(features) - batch.rewards).abs()
-            is_rewarded = batch.rewards != 0
+            is_rewarded, rows_known = batch.rewards != 0, batch.has_rewards
             values = {
                 "val_bc_loss": -policy.log_prob(batch.actions)[known].mean(),
                 "val_bc_accuracy": (policy.mode() - batch.actions).abs().amax(-1).lt(0.5)[known].float().mean(),
-                "val_reward_error": reward_error.mean(),
+                "val_reward_error": reward_error[rows_known].mean(),
                 "val_reward_error_rewarded": reward_error[is_rewarded].mean(),
-                "val_continue_error": (agent.continue_.mean(features) - (~batch.terminals).float()).abs().mean(),
+                "val_continue_error": (agent.continue_.mean(features) - (~batch.terminals).float()).abs()[rows_known].mean(),
             }
             rows.append({name: float(value) for name, value in values.items() if torch.isfinite(value)})  # a mean of nothing is left out
         return _mean(rows)

@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 import torch
 
-from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, pretokenize
+from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, PretokenizedDataset, pretokenize
 from dreamer.data.shards import shard_paths
 
 LENGTHS = [5, 9, 3, 17, 4]
@@ -82,6 +84,18 @@ def test_a_grown_store_is_continued(make_store, make_episode, pixel_tokenizer, s
     latents = pretokenize(EpisodeStore(store.path), pixel_tokenizer(), tmp_path / "l")
     assert latents.lengths.tolist() == [*LENGTHS, 6]
     assert shard_paths(tmp_path / "l")[0].read_bytes() == before
+
+
+def test_whose_rewards_are_known_comes_along(make_store, make_episode, pixel_tokenizer, space, tmp_path):
+    store = make_store(LENGTHS)
+    with EpisodeWriter(store.path, space, frames_per_second=20.0) as writer:
+        writer.add(dataclasses.replace(make_episode(6, 5), has_rewards=False))
+    store = EpisodeStore(store.path)
+    assert not store.episode(len(LENGTHS)).has_rewards
+    latents = pretokenize(store, pixel_tokenizer(), tmp_path / "l")
+    assert latents.has_rewards.tolist() == [True] * len(LENGTHS) + [False]
+    dataset = PretokenizedDataset(latents, 2)
+    assert dataset.batch([(0, 0), (len(LENGTHS), 0)]).has_rewards.tolist() == [True, False]
 
 
 def test_max_episodes(make_store, pixel_tokenizer, tmp_path):

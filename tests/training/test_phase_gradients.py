@@ -46,6 +46,7 @@ def batch(rows: int = 8, steps: int = 5, num_relevant: int = 0) -> Batch:
         terminals=torch.rand(rows, steps, generator=g) < 0.2,
         is_first=torch.zeros(rows, steps, dtype=torch.bool),
         task=torch.zeros(rows, dtype=torch.long),
+        has_rewards=torch.ones(rows, dtype=torch.bool),
         is_relevant=torch.arange(rows) < num_relevant,
     )
 
@@ -213,11 +214,35 @@ def test_which_episodes_are_relevant() -> None:
     import numpy as np
 
     returns, ids = np.array([0.0, 5.0, 1.0, 2.0, 9.0, 3.0]), np.array([0, 2, 3, 5])
-    assert relevant_episodes(returns, ids, RelevantConfig(return_quantile=0.5)).tolist() == [3, 5]
-    assert relevant_episodes(returns, ids, RelevantConfig(return_quantile=0.0)).tolist() == [2, 3, 5]
+    known = np.ones(6, bool)
+    assert relevant_episodes(returns, known, ids, RelevantConfig(return_quantile=0.5)).tolist() == [3, 5]
+    assert relevant_episodes(returns, known, ids, RelevantConfig(return_quantile=0.0)).tolist() == [2, 3, 5]
     sparse = np.array([0.0, 0.0, 0.0, 1.0])
-    assert relevant_episodes(sparse, np.arange(4), RelevantConfig(return_quantile=0.5)).tolist() == [3]
-    assert relevant_episodes(np.zeros(4), np.arange(4), RelevantConfig()).tolist() == [0, 1, 2, 3]
+    assert relevant_episodes(sparse, known[:4], np.arange(4), RelevantConfig(return_quantile=0.5)).tolist() == [3]
+    assert relevant_episodes(np.zeros(4), known[:4], np.arange(4), RelevantConfig()).tolist() == [0, 1, 2, 3]
+    some = np.array([True, False, False, True, False, True])
+    assert relevant_episodes(returns, some, ids, RelevantConfig(return_quantile=0.0)).tolist() == [3, 5]
+    assert relevant_episodes(np.zeros(4), ~known[:4], np.arange(4), RelevantConfig()).tolist() == [0, 1, 2, 3]
+
+
+def test_unknown_rewards_teach_nothing(agent: Agent) -> None:
+    """Rewards and ends of episodes without any do not reach the loss; those of the others do."""
+
+    def losses(change_row: int) -> dict[str, float]:
+        made = batch(num_relevant=4)
+        rows = torch.arange(8)
+        made = dataclasses.replace(made, has_rewards=rows < 6)
+        changed = rows[:, None] == change_row
+        made = dataclasses.replace(
+            made, rewards=torch.where(changed, 1 - made.rewards, made.rewards), terminals=torch.where(changed, ~made.terminals, made.terminals)
+        )
+        phase = Phase2(agent, ShortcutForcingConfig(independent_fraction=0.0), AgentLossConfig()).eval()
+        return {name: float(value) for name, value in phase(made, 0, generator())[1].items() if name in ("reward_loss", "continue_loss")}
+
+    plain = losses(-1)
+    assert losses(7) == plain
+    known = losses(1)
+    assert known["reward_loss"] != plain["reward_loss"] and known["continue_loss"] != plain["continue_loss"]
 
 
 # Phase 0

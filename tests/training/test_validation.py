@@ -67,6 +67,7 @@ def batch() -> Batch:
         terminals=none,
         is_first=none,
         task=torch.zeros(16, dtype=torch.long),
+        has_rewards=torch.ones(16, dtype=torch.bool),
         is_relevant=torch.zeros(16, dtype=torch.bool),
     )
 

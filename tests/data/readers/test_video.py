@@ -37,7 +37,7 @@ def test_no_action_is_known(tmp_path):
     video = write(tmp_path / "one.mp4")
     episode = VideoReader(tmp_path).read(video)
     assert VideoReader(tmp_path).action_space == UNLABELLED
-    assert episode.info["is_unlabelled"]
+    assert not episode.has_rewards
     assert not episode.action_mask.any()
     space = ActionSpace((ActionComponent("keys", "binary", 4), ActionComponent("camera", "categorical", 121)))
     assert VideoReader(tmp_path, action_space=space).read(video).actions.shape == (12, 5)

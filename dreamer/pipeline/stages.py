@@ -42,13 +42,17 @@ def run_stage(run: Run, name: str) -> bool:
 
 
 def run_all(run: Run, say: Callable[[str], None], began: float | None = None) -> None:
-    """Every stage in order, from recording to report. ``say`` is told what begins and how long it took.
+    """Every stage in order, from recording to report; without an environment nobody plays in it. ``say`` is told what begins and
+    how long it took.
 
     ``began``: when the process did, on the clock of ``time.monotonic``; what passed since is noted as the stage ``START`` if there is
     anything left to do.
     """
     start_up = 0.0 if began is None else time.monotonic() - began
     for number, name in enumerate(STAGES, start=1):
+        if name == "evaluate agent" and run.config.env is None:
+            say(f"[{number}/{len(STAGES)}] {name}: left out, env is null")
+            continue
         began = time.monotonic()
         say(f"[{number}/{len(STAGES)}] {name}")
         did_work = run_stage(run, name)

@@ -52,6 +52,16 @@ def test_an_episode_store_is_used_where_it_is(tmp_path: Path) -> None:
         run_stage(run, "evaluate agent")
 
 
+def test_without_an_environment_the_whole_way_leaves_out_playing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    for name in STAGES:
+        monkeypatch.setitem(STAGES, name, lambda run, name=name: bool(ran.append(name)))
+    said: list[str] = []
+    stages.run_all(Run(config(tmp_path, env=None, data={"recordings": {"path": tmp_path}})), said.append)
+    assert ran == [name for name in STAGES if name != "evaluate agent"]
+    assert any("evaluate agent: left out, env is null" in line for line in said)
+
+
 def test_the_mixture_plays_each_player_in_its_share_whatever_the_order() -> None:
     from dreamer.envs import make_env
 

@@ -105,8 +105,17 @@ def _parser() -> Parser:
     imports = verbs.add_parser("import", help="Recordings to an episode store.", description="Recordings to an episode store.")
     imports.add_argument("path", type=Path, help="folder or file with recordings")
     imports.add_argument("--reader", required=True, help="their format")
+    imports.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the reader; may be given several times")
     imports.add_argument("--out", type=Path, required=True, help="folder of the store; made, or appended to")
     imports.set_defaults(verb=_import)
+    text = "What recordings or a store hold: counts, actions, problems, and a contact sheet."
+    looks = verbs.add_parser("inspect", help=text, description=text)
+    looks.add_argument("path", type=Path, help="a recording, a folder of recordings, an episode store or a latent store")
+    looks.add_argument("--reader", help="format of the recordings (default: guessed by the names of the files)")
+    looks.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the reader; may be given several times")
+    looks.add_argument("--max-episodes", type=int, metavar="N", help="look at N episodes, spread evenly (default: all)")
+    looks.add_argument("--out", type=Path, metavar="DIR", help="folder for inspect.json and contact_sheet.png (default: text only)")
+    looks.set_defaults(verb=_inspect)
     return parser
 
 
@@ -212,11 +221,30 @@ def _show_config(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _import(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.config import parse_options
     from dreamer.data import import_recordings
 
-    report = import_recordings(arguments.path, arguments.out, arguments.reader)
+    report = import_recordings(arguments.path, arguments.out, arguments.reader, options=parse_options(arguments.option))
     known = f", {report.num_known} were there already" if report.num_known else ""
     print(f"{report.path}: {report.num_episodes} episodes with {report.num_frames} frames added{known}")
+    for skipped in report.skipped:
+        print(f"left out: {skipped}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.config import parse_options
+    from dreamer.pipeline.inspect import inspect_path
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():  # videos take a while
+            print(f"\r{done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    options = parse_options(arguments.option)
+    found = inspect_path(arguments.path, arguments.reader, options, max_episodes=arguments.max_episodes, progress=progress)
+    print(found.text())
+    for file in found.write(arguments.out) if arguments.out else []:
+        print(f"written: {file}")
     return 0
 
 

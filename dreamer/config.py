@@ -114,6 +114,14 @@ def load_config(cls: type[ConfigT], path: Path | None = None, overrides: Sequenc
     raise ConfigError(f"{path}: " + "; ".join(texts)) from None
 
 
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` words, the values in YAML, as a dictionary. Raises ``ConfigError`` for anything else."""
+    options: dict[str, Any] = {}
+    for word in words:
+        _apply_override(options, word)
+    return options
+
+
 def config_text(config: Config) -> str:
     """Every value of ``config``, defaults included, as YAML that ``load_config`` reads back to an equal object."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=1 << 20)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 # Before anything imports them: pictures and games must not look for a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -16,6 +20,7 @@ import jaxtyping
 # Shapes and types of every annotated function and dataclass of the package are checked in tests, and only there.
 jaxtyping.install_import_hook("dreamer", "beartype.beartype")
 
+import av  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -42,6 +47,80 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+def _write_video(path: Path, num_frames: int, size: tuple[int, int] = (32, 48), rate: int = 20, step: int = 8) -> Path:
+    """An mp4 whose frame t is grey of brightness ``step * t``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for t in range(num_frames):
+            picture = np.full((*size, 3), step * t % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def _vpt_row(**changes: Any) -> dict[str, Any]:
+    """A row as VPT's recorder writes it; ``changes`` go to where they belong: dx=4, keys=["w"], buttons=[0], hotbar=3, isGuiOpen=True."""
+    mouse = {"x": 640.0, "y": 360.0, "dx": 0.0, "dy": 0.0, "scaledX": 0.0, "scaledY": 0.0, "dwheel": 0.0, "buttons": [], "newButtons": []}
+    keys = [f"key.keyboard.{key}" for key in changes.pop("keys", [])]
+    mouse |= {name: changes.pop(name) for name in list(changes) if name in mouse}
+    keyboard = {"keys": keys, "newKeys": [], "chars": ""}
+    row = {"mouse": mouse, "keyboard": keyboard, "isGuiOpen": False, "isGuiInventory": False, "hotbar": 0, "yaw": 0.0, "pitch": 0.0}
+    return row | {"inventory": [], "tick": 0, "stats": {"minecraft.custom:minecraft.jump": 2}} | changes
+
+
+def _write_vpt(path: Path, rows: list[Any], num_frames: int | None = None, **video: Any) -> Path:
+    """A recording in VPT's layout: ``path`` (mp4) and the .jsonl beside it. A row is a dict of changes to ``_vpt_row``."""
+    _write_video(path, len(rows) if num_frames is None else num_frames, **video)
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(_vpt_row(**row)) + "\n" for row in rows))
+    return path
+
+
+def _write_minerl(
+    folder: Path, length: int = 6, leading: int = 3, metadata: dict[str, Any] | None = None, size: tuple[int, int] = (32, 48), **arrays: Any
+) -> Path:
+    """A stream in MineRL's layout: ``length`` transitions, ``leading`` frames before the first state. ``arrays`` replace those of
+    rendered.npz by their names, with _ for $; None leaves one out."""
+    _write_video(folder / "recording.mp4", leading + length + 1, size)
+    rng = np.random.default_rng(length)
+    keys = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
+    rendered: dict[str, Any] = {f"action${key}": rng.integers(0, 2, length) for key in keys}
+    rendered["action$camera"] = rng.uniform(-12, 12, (length, 2)).astype(np.float32)
+    rendered["reward"] = np.arange(1, length + 1, dtype=np.float32)
+    rendered["observation$inventory$dirt"] = np.zeros(length + 1, np.int64)
+    rendered |= {name.replace("_", "$"): array for name, array in arrays.items()}
+    np.savez(folder / "rendered.npz", **{name: array for name, array in rendered.items() if array is not None})
+    known = {"success": True, "duration_ms": 50 * length, "duration_steps": length, "total_reward": 1.0, "stream_name": folder.name}
+    known |= {"true_video_frame_count": leading + length + 1} | (metadata or {})
+    (folder / "metadata.json").write_text(json.dumps({name: value for name, value in known.items() if value is not None}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    return _write_video
+
+
+@pytest.fixture(scope="session")
+def write_vpt() -> Callable[..., Path]:
+    return _write_vpt
+
+
+@pytest.fixture(scope="session")
+def write_minerl() -> Callable[..., Path]:
+    return _write_minerl
+
+
+@pytest.fixture(scope="session")
+def sample_data() -> Path:
+    """Real recordings, where there are some."""
+    folder = os.environ.get("DREAMER_SAMPLE_DATA")
+    if not folder:
+        pytest.skip("DREAMER_SAMPLE_DATA names no folder of sample recordings")
+    return Path(folder)
 
 
 @pytest.fixture(autouse=True)

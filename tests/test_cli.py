@@ -56,6 +56,11 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str
         (["report", "run_dir=/no/such/run"], "/no/such/run: does not exist"),
         (["import", "/no/such", "--reader", "npy", "--out", "x"], "/no/such: does not exist"),
         (["import", "/tmp", "--reader", "telepathy", "--out", "x"], "no reader is called 'telepathy'"),
+        (["import", "/tmp", "--reader", "vpt", "--option", "sise=3", "--out", "x"], "the reader 'vpt' has no option 'sise'"),
+        (["import", "/tmp", "--reader", "vpt", "--option", "size", "--out", "x"], "expected key=value"),
+        (["inspect", "/no/such"], "/no/such: does not exist"),
+        (["inspect", "/tmp", "--reader", "telepathy"], "no reader is called 'telepathy'"),
+        (["inspect", "/tmp", "--max-episodes", "none"], "invalid int value: 'none'"),
     ],
 )
 def test_bad_words_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
@@ -162,7 +167,7 @@ def test_help_is_quick_and_complete() -> None:
     code = "import sys; from dreamer.cli import main; main(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip().endswith("False")
-    assert all(verb in out for verb in ("demo", "record", "train", "pretokenize", "evaluate", "report", "config", "import"))
+    assert all(verb in out for verb in ("demo", "record", "train", "pretokenize", "evaluate", "report", "config", "import", "inspect"))
 
 
 def test_recordings_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

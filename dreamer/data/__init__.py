@@ -8,6 +8,7 @@ from dreamer.data.alignment import (
     episode_from_steps,
     episode_from_transitions,
     episode_without_actions,
+    episode_without_rewards,
     mtp_targets,
     num_latent_steps,
     shift_actions,
@@ -22,7 +23,7 @@ from dreamer.data.pretokenized_dataset import (
     create_pretokenized_dataloader,
     frame_batches,
 )
-from dreamer.data.readers import READERS, make_reader
+from dreamer.data.readers import READERS, guess_reader, make_reader
 from dreamer.data.store import EpisodeStore, EpisodeWriter, LatentStore, LatentWriter, split_episodes
 from dreamer.data.windows import WindowSampler
 
@@ -49,7 +50,9 @@ __all__ = [
     "episode_from_steps",
     "episode_from_transitions",
     "episode_without_actions",
+    "episode_without_rewards",
     "frame_batches",
+    "guess_reader",
     "import_recordings",
     "make_reader",
     "mtp_targets",

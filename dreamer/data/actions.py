@@ -10,8 +10,10 @@ import gymnasium as gym
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from dreamer.data.minecraft import MINERL, MINERL_ITEMS, VPT
 from dreamer.types import ActionComponent, ActionSpace
 
+ACTION_SPACES = {"minerl": MINERL, "minerl_items": MINERL_ITEMS, "vpt": VPT}
 SUPPORTED = "Discrete, MultiDiscrete, MultiBinary, bounded Box, and Dict of these"
 
 
@@ -27,6 +29,22 @@ def action_space_from_gym(space: gym.Space[Any], labels: Mapping[str, Sequence[s
         if name not in names:
             raise ValueError(f"labels for action component {name!r}; this space has {sorted(names)}")
     return ActionSpace(tuple(dataclasses.replace(c, labels=tuple((labels or {}).get(c.name, ()))) for c in components))
+
+
+def as_action_space(given: ActionSpace | str | Sequence[Any]) -> ActionSpace:
+    """An action space as a config can give it: by name (a key of ``ACTION_SPACES``), or as a list of components, each a mapping of
+    ``name``, ``kind``, ``size`` and, if wanted, ``low``, ``high``, ``labels``. Raises ``ValueError`` for anything else."""
+    if isinstance(given, ActionSpace):
+        return given
+    if isinstance(given, str):
+        if given not in ACTION_SPACES:
+            raise ValueError(f"no action space is called {given!r}; expected one of {sorted(ACTION_SPACES)}, or a list of components")
+        return ACTION_SPACES[given]
+    try:
+        return ActionSpace.from_json(list(given))
+    except (TypeError, AttributeError) as error:
+        expected = "a list such as [{name: move, kind: categorical, size: 5}]"
+        raise ValueError(f"action_space is {given!r}: {error}; expected {expected}") from error
 
 
 def encode_action(space: gym.Space[Any], gym_action: Any) -> Float[np.ndarray, " A"]:

@@ -85,6 +85,29 @@ def episode_from_steps(
     )
 
 
+def episode_without_rewards(
+    frames: UInt8[np.ndarray, "F C H W"],
+    actions: Shaped[np.ndarray, "F1 A"],
+    *,
+    action_mask: Bool[np.ndarray, " F2"] | None = None,
+    info: dict[str, Any] | None = None,
+) -> Episode:
+    """An episode from recordings that hold an action for every frame, ``actions[i]`` taken at frame i, and no rewards: ``has_rewards``
+    is False. Actions where ``action_mask`` is False are set to 0. Raises ``ValueError`` unless the lengths are equal."""
+    mask = np.ones(len(frames), bool) if action_mask is None else action_mask
+    if not len(frames) == len(actions) == len(mask):
+        raise ValueError(f"lengths disagree: {len(frames)} frames, {len(actions)} actions, a mask of {len(mask)}; expected the same")
+    return Episode(
+        frames=frames,
+        actions=np.where(mask[:, None], actions, 0).astype(np.float32),
+        action_mask=mask,
+        rewards=np.zeros(len(frames), np.float32),
+        terminals=np.zeros(len(frames), bool),
+        has_rewards=False,
+        info=dict(info or {}),
+    )
+
+
 def episode_without_actions(frames: UInt8[np.ndarray, "F C H W"], num_columns: int, info: dict[str, Any] | None = None) -> Episode:
     """An episode of which only the frames are known: every action is masked, and ``has_rewards`` is False."""
     length = len(frames)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,18 @@ from typing import Any
 from dreamer.data.readers import make_reader
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
+from dreamer.types import ActionSpace, Reader
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did. ``num_known`` recordings were in the store already."""
+    """What an import did. ``num_known`` recordings were in the store already; ``skipped`` says which the reader left out, and why."""
 
     path: Path
     num_episodes: int
     num_frames: int
     num_known: int
+    skipped: tuple[str, ...] = ()
 
 
 def import_recordings(
@@ -30,7 +32,7 @@ def import_recordings(
     *,
     max_episodes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> ImportReport:
     """Read every recording at ``path`` with the reader ``reader_name`` and append it to the store ``out``.
 
@@ -39,14 +41,16 @@ def import_recordings(
     Raises ``ValueError`` naming the file at the first broken recording; what was read before it is kept.
     """
     root, out = Path(path), Path(out)
+    options = options or {}
     reader = make_reader(reader_name, root, **options)
     recordings = reader.find(root)[:max_episodes]
     known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
     num_episodes = num_frames = num_known = 0
-    extra = {"reader": reader_name}
+    given = {name: value.to_json() if isinstance(value, ActionSpace) else value for name, value in options.items()}
+    extra = {"reader": reader_name} | ({"options": given} if given else {})
     with EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra) as writer:
         for done, recording in enumerate(recordings, 1):
-            source = recording.relative_to(root).as_posix() if recording != root else root.name
+            source = recording_name(recording, root)
             if source in known:
                 num_known += 1
             else:
@@ -55,4 +59,14 @@ def import_recordings(
                 num_episodes, num_frames = num_episodes + 1, num_frames + len(episode)
             if progress:
                 progress(done, len(recordings))
-    return ImportReport(out, num_episodes, num_frames, num_known)
+    return ImportReport(out, num_episodes, num_frames, num_known, skipped_by(reader))
+
+
+def recording_name(recording: Path, root: Path) -> str:
+    """A recording's place below the folder that was searched."""
+    return recording.relative_to(root).as_posix() if recording != root and recording.is_relative_to(root) else recording.name
+
+
+def skipped_by(reader: Reader) -> tuple[str, ...]:
+    """What the reader's last ``find`` left out, with the reasons. A reader keeps them in ``skipped``, if it leaves out anything."""
+    return tuple(f"{path}: {reason}" for path, reason in getattr(reader, "skipped", {}).items())

@@ -33,7 +33,7 @@ def record_episodes(run: Run) -> bool:
             run.episodes()
             return False
         with _bar("import") as bar:
-            import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, **recordings.options)
+            import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, options=recordings.options)
     else:
         assert config.env is not None  # the config's validator
         players = [(player.name, player.options, player.fraction) for player in config.record.players]

@@ -10,6 +10,7 @@ from dreamer.data.alignment import (
     chunk_terminals,
     episode_from_steps,
     episode_from_transitions,
+    episode_without_rewards,
     mtp_targets,
     num_latent_steps,
     shift_actions,
@@ -61,6 +62,15 @@ def test_steps_keep_every_action_and_name_the_reward_after_the_end():
     assert episode.info["reward_after_end"] == 30
     with pytest.raises(ValueError, match="3 frames, 2 actions, 3 rewards"):
         episode_from_steps(frames(3), column(1, 2), np.zeros(3))
+
+
+def test_without_rewards_every_frame_has_its_action():
+    episode = episode_without_rewards(frames(3), column(1, 2, 3), action_mask=np.array([True, False, True]), info={"a": 1})
+    assert episode.actions[:, 0].tolist() == [1, 0, 3] and episode.action_mask.tolist() == [True, False, True]
+    assert not episode.has_rewards and not episode.rewards.any() and not episode.terminals.any() and episode.info == {"a": 1}
+    assert episode_without_rewards(frames(2), column(1, 2)).action_mask.all()
+    with pytest.raises(ValueError, match="3 frames, 2 actions, a mask of 3"):
+        episode_without_rewards(frames(3), column(1, 2))
 
 
 @pytest.mark.parametrize(

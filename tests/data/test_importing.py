@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dreamer.data import EpisodeStore, import_recordings, make_reader
+from dreamer.data.minecraft import MINERL
 
 
 def write(folder, length=6, num_rewards=None):
@@ -43,8 +44,46 @@ def test_max_episodes(tmp_path):
 
 
 def test_unknown_readers_and_paths_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no reader is called 'vidoe'; expected one of \['npy', 'video'\]. Did you mean 'video'"):
+    expected = r"no reader is called 'vidoe'; expected one of \['minari', 'minerl', 'npy', 'video', 'vpt'\]. Did you mean 'video'"
+    with pytest.raises(ValueError, match=expected):
         make_reader("vidoe", tmp_path)
     with pytest.raises(ValueError, match="nowhere: does not exist"):
         import_recordings(tmp_path / "nowhere", tmp_path / "out", "npy")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sise": [8, 8]}, "the reader 'vpt' has no option 'sise'; expected size, gui, skip_first.* Did you mean 'size'"),
+        ({"path": "x"}, "the reader 'vpt' has no option 'path'"),
+        ({"name": "x"}, "the reader 'vpt' has no option 'name'"),
+        ({"progress": 1}, "the reader 'vpt' has no option 'progress'"),
+        ({"gui": 3}, "the reader 'vpt': gui is 3: Input should be"),
+        ({"gui": "hide"}, "gui is 'hide'; expected keep, mask or cut"),
+        ({"size": "big"}, "size is 'big'"),
+        ({"size": [8]}, r"size is \[8\]; expected \[height, width\]"),
+        ({"max_frames": "many"}, "max_frames is 'many'"),
+    ],
+)
+def test_options_that_a_reader_does_not_take_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        import_recordings(tmp_path, tmp_path / "out", "vpt", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_needs_a_positive_rate(tmp_path):
+    write(tmp_path / "in" / "a")
+    with pytest.raises(ValueError, match="the reader 'npy': frames_per_second is 0"):
+        make_reader("npy", tmp_path, frames_per_second=0)
+    assert make_reader("npy", tmp_path, frames_per_second=5).frames_per_second == 5.0
+
+
+def test_options_are_remembered_and_must_stay(tmp_path):
+    write(tmp_path / "in" / "a")
+    import_recordings(tmp_path / "in", tmp_path / "out", "npy", options={"action_space": MINERL})
+    assert EpisodeStore(tmp_path / "out").extra == {"reader": "npy", "options": {"action_space": MINERL.to_json()}}
+    write(tmp_path / "in" / "b")
+    with pytest.raises(ValueError, match="extra is .*cannot append"):
+        import_recordings(tmp_path / "in", tmp_path / "out", "npy")
+    assert import_recordings(tmp_path / "in", tmp_path / "out", "npy", options={"action_space": MINERL}).num_episodes == 1

@@ -5,36 +5,48 @@
                          rewards.npy   (F,)
                          metadata.json optional, kept with the episode
 
+This is also how MineRL recordings look once extracted (``data/mineRL_extracted/<Env>/<episode>/``); their observations.npz is not read.
 Actions and rewards lead from their frame to the next one. There may be one of each for every frame, or one fewer.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from dreamer.data.actions import as_action_space
 from dreamer.data.alignment import episode_from_steps, episode_from_transitions
 from dreamer.data.checks import check_episode
+from dreamer.data.minecraft import ITEM_ACTIONS, MINERL, MINERL_ITEMS, MINERL_KEYS, is_minerl, minerl_columns
+from dreamer.data.readers.files import load_json, load_npy, load_npz, refuse
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
-KEYS = ("forward", "back", "left", "right", "jump", "sneak", "sprint", "attack")
-# camera = pitch bin * 11 + yaw bin; 60 is no movement
-KEYBOARD_CAMERA = ActionSpace((ActionComponent("keyboard", "binary", 8, labels=KEYS), ActionComponent("camera", "categorical", 121)))
 CAMERA_DEGREES = ActionComponent("camera", "continuous", 2, -180.0, 180.0, labels=("pitch", "yaw"))
 
 
 class NpyReader:
-    """Reads the layout above. Without ``action_space`` it is derived from the first recording's actions: keyboard (F, 8) and
-    camera (F,) of 121 classes, or MineRL's own keys (0 or 1) with the camera in degrees (F, 2)."""
+    """Reads the layout above.
+
+    action_space: as ``as_action_space`` takes it. By default it is derived from the first recording's actions. ``MINERL`` stands for
+    ``keyboard`` (F, 8) with ``camera`` (F,) of 121 classes, for the same nine columns in actions.npy, and for MineRL's own eight keys
+    with the camera in degrees (F, 2), which is then put into its classes; items that are placed or crafted are dropped and counted
+    in ``info["dropped_actions"]``, unless ``action_space`` is ``"minerl_items"``. Fewer of MineRL's keys stay a component each.
+    """
 
     name = "npy"
 
-    def __init__(self, path: Path | str, *, action_space: ActionSpace | None = None, frames_per_second: float = 20.0) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        action_space: ActionSpace | str | Sequence[Any] | None = None,
+        frames_per_second: float = 20.0,
+    ) -> None:
         self.frames_per_second = frames_per_second
-        self.action_space = action_space or _derive_space(self.find(Path(path))[0])
+        self.action_space = _derive_space(self.find(Path(path))[0]) if action_space is None else as_action_space(action_space)
 
     def find(self, path: Path) -> list[Path]:
         """Every folder at or below ``path`` that holds frames.npy. Raises ``ValueError`` if there is none."""
@@ -45,19 +57,19 @@ class NpyReader:
 
     def read(self, recording: Path) -> Episode:
         """One episode. Raises ``ValueError`` naming the file for anything missing, unreadable, of another shape, or NaN."""
-        frames = _load(recording / "frames.npy")
+        frames = load_npy(recording / "frames.npy")
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or frames.size == 0:
-            _refuse(recording / "frames.npy", f"{frames.dtype} {frames.shape}", "uint8 (F, H, W, 3)")
-        actions = self._columns(recording)
-        rewards = _load(recording / "rewards.npy")
+            refuse(recording / "frames.npy", f"{frames.dtype} {frames.shape}", "uint8 (F, H, W, 3)")
+        actions, dropped = self._columns(recording)
+        rewards = load_npy(recording / "rewards.npy")
         if rewards.ndim != 1 or rewards.dtype.kind not in "fiub":
-            _refuse(recording / "rewards.npy", f"{rewards.dtype} {rewards.shape}", "numbers (F,)")
+            refuse(recording / "rewards.npy", f"{rewards.dtype} {rewards.shape}", "numbers (F,)")
         if not np.isfinite(rewards).all():
-            _refuse(recording / "rewards.npy", "NaN or infinity", "finite numbers")
+            refuse(recording / "rewards.npy", "NaN or infinity", "finite numbers")
         if len(actions) != len(rewards) or len(frames) - len(actions) not in (0, 1):
             got = f"{len(frames)} frames, {len(actions)} actions, {len(rewards)} rewards"
-            _refuse(recording, f"lengths that disagree: {got}", "the same number of each, or one frame more")
-        info = _metadata(recording)
+            refuse(recording, f"lengths that disagree: {got}", "the same number of each, or one frame more")
+        info = _metadata(recording) | ({"dropped_actions": dropped} if dropped else {})
         chw = np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
         if len(frames) == len(actions):
             episode = episode_from_steps(chw, actions, rewards, info=info)
@@ -66,38 +78,30 @@ class NpyReader:
         check_episode(episode, self.action_space, str(recording))
         return episode
 
-    def _columns(self, recording: Path) -> np.ndarray:
+    def _columns(self, recording: Path) -> tuple[np.ndarray, dict[str, int]]:
+        """The columns of the actions, and how often each kind of action was used that has none."""
         file, arrays = _load_actions(recording)
         if isinstance(arrays, np.ndarray):
-            if arrays.ndim != 2 or arrays.shape[1] != self.action_space.num_columns:
-                _refuse(file, f"shape {arrays.shape}", f"(F, {self.action_space.num_columns})")
-            return arrays
+            columns = arrays[:, None] if arrays.ndim == 1 else arrays
+            if columns.ndim != 2 or columns.shape[1] != self.action_space.num_columns:
+                refuse(file, f"shape {arrays.shape}", f"(F, {self.action_space.num_columns})")
+            return columns, {}
+        if self.action_space in (MINERL, MINERL_ITEMS) and is_minerl(set(arrays)):
+            return minerl_columns(arrays, str(file), item_actions=self.action_space == MINERL_ITEMS)
         names = [c.name for c in self.action_space.components]
         if sorted(arrays) != sorted(names):
-            _refuse(file, f"the actions {sorted(arrays)}", f"{sorted(names)}")
+            refuse(file, f"the actions {sorted(arrays)}", f"{sorted(names)}")
         columns = []
         for component in self.action_space.components:
             array = arrays[component.name]
             array = array[:, None] if array.ndim == 1 else array
             if array.ndim != 2 or array.shape[1] != component.num_columns or len(array) != len(arrays[names[0]]):
                 expected = f"({len(arrays[names[0]])}, {component.num_columns}), as many as {names[0]}"
-                _refuse(file, f"{component.name} of shape {array.shape}", expected)
+                refuse(file, f"{component.name} of shape {array.shape}", expected)
+            if array.dtype.kind not in "fiub":
+                refuse(file, f"{component.name} of {array.dtype}", "numbers")
             columns.append(array)
-        return np.concatenate(columns, 1)
-
-
-def _refuse(file: Path, got: object, expected: str) -> NoReturn:
-    raise ValueError(f"{file}: got {got}; expected {expected}. Repair the recording or move it away")
-
-
-def _load(file: Path) -> np.ndarray:
-    try:
-        array = np.load(file, allow_pickle=False)
-    except Exception as error:  # numpy's parsers raise a dozen kinds, tokenize's among them; all mean a broken file
-        raise ValueError(f"{file}: cannot be read ({error}); expected an array that numpy.save wrote") from error
-    if not isinstance(array, np.ndarray):
-        _refuse(file, type(array).__name__, "one array")
-    return array
+        return np.concatenate(columns, 1), {}
 
 
 def _load_actions(recording: Path) -> tuple[Path, np.ndarray | dict[str, np.ndarray]]:
@@ -105,53 +109,39 @@ def _load_actions(recording: Path) -> tuple[Path, np.ndarray | dict[str, np.ndar
     file = recording / "actions.npz"
     if not file.exists():
         file = recording / "actions.npy"
-        array = _load(file)
-        if array.dtype.kind not in "fiub":
-            _refuse(file, array.dtype, "numbers")
+        array = load_npy(file)
+        if array.dtype.kind not in "fiub" or array.ndim == 0:
+            refuse(file, f"{array.dtype} {array.shape}", "numbers, one row per frame")
         return file, array
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {key.removeprefix("action$"): archive[key] for key in archive.files}
-    except Exception as error:  # as in _load
-        raise ValueError(f"{file}: cannot be read ({error}); expected arrays that numpy.savez wrote") from error
+    arrays = {key.removeprefix("action$"): array for key, array in load_npz(file).items()}
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.ndim == 0 or array.dtype.kind not in "fiub":
-            _refuse(file, f"{name} of {getattr(array, 'dtype', type(array))}", "numbers, one row per frame")
+        if array.ndim == 0 or array.dtype.kind not in ("fiubUS" if name in ITEM_ACTIONS else "fiub"):
+            refuse(file, f"{name} of {array.dtype} {array.shape}", "numbers, one row per frame")
     return file, arrays
 
 
 def _derive_space(recording: Path) -> ActionSpace:
     file, arrays = _load_actions(recording)
-    remedy = "an action space that is known; give action_space to NpyReader"
+    remedy = "an action space that is known; give the reader's option action_space"
     if isinstance(arrays, np.ndarray):
-        if arrays.ndim == 2 and arrays.shape[1] == KEYBOARD_CAMERA.num_columns:
-            return KEYBOARD_CAMERA
-        _refuse(file, f"actions of shape {arrays.shape}", remedy)
-    if set(arrays) == {"keyboard", "camera"}:
-        return KEYBOARD_CAMERA
+        if arrays.ndim == 2 and arrays.shape[1] == MINERL.num_columns:
+            return MINERL
+        refuse(file, f"actions of shape {arrays.shape}", remedy)
+    if set(arrays) == {"keyboard", "camera"} or is_minerl(set(arrays)):
+        return MINERL
     components = []
     for name, array in sorted(arrays.items()):
         if name == "camera" and array.ndim == 2 and array.shape[1] == 2:
             components.append(CAMERA_DEGREES)
-        elif name in KEYS and array.ndim == 1:
+        elif name in MINERL_KEYS and array.ndim == 1:
             components.append(ActionComponent(name, "binary", 1))
         else:
-            _refuse(file, f"action {name!r} of shape {array.shape}", remedy)
+            refuse(file, f"action {name!r} of shape {array.shape}", remedy)
     if not components:
-        _refuse(file, "no actions", remedy)
+        refuse(file, "no actions", remedy)
     return ActionSpace(tuple(components))
 
 
 def _metadata(recording: Path) -> dict[str, Any]:
     file = recording / "metadata.json"
-    if not file.exists():
-        return {}
-
-    def refuse_nan(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        metadata = json.loads(file.read_text(), parse_constant=refuse_nan)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
-    return {"metadata": metadata}
+    return {"metadata": load_json(file)} if file.exists() else {}

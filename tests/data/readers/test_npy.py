@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer.data.checks import check_episode
-from dreamer.data.readers.npy import KEYBOARD_CAMERA, NpyReader
+from dreamer.data.minecraft import CAMERA_STILL, MINERL, MINERL_ITEMS, MINERL_KEYS, encode_camera
+from dreamer.data.readers.npy import NpyReader
 from dreamer.types import ActionComponent, ActionSpace
 
 
@@ -32,7 +33,7 @@ def test_one_action_for_every_frame(tmp_path):
     folder = write(tmp_path / "env" / "one")
     reader = NpyReader(tmp_path)
     assert reader.find(tmp_path) == [folder]
-    assert reader.action_space == KEYBOARD_CAMERA
+    assert reader.action_space == MINERL
     episode = reader.read(folder)
     with np.load(folder / "actions.npz") as actions:
         assert np.array_equal(episode.actions[:, :8], actions["action$keyboard"])
@@ -76,6 +77,69 @@ def test_minerl_keys(tmp_path):
     assert np.array_equal(reader.read(folder).actions[:, 1:3], camera)
 
 
+def write_minerl_keys(folder: Path, length: int = 6, missing: int = 1, **more) -> tuple[Path, dict[str, np.ndarray]]:
+    """As the recordings of MineRL look once extracted: its own keys, the camera in degrees, observations beside them."""
+    rng = np.random.default_rng(1)
+    actions: dict[str, np.ndarray] = {key: rng.integers(0, 2, length - missing) for key in MINERL_KEYS}
+    actions |= {"camera": rng.uniform(-20, 20, (length - missing, 2)).astype(np.float32)} | more
+    write(folder, length, missing=missing)
+    np.savez(folder / "actions.npz", **{f"action${name}": array for name, array in actions.items()})
+    np.savez(folder / "observations.npz", **{"observation$inventory$dirt": np.zeros(length)})
+    (folder / "metadata.json").write_text('{"success": "True"}')
+    return folder, actions
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_extracted_minerl_becomes_its_action_space(tmp_path, missing):
+    folder, actions = write_minerl_keys(tmp_path / "MineRLTreechop-v0" / "v3_one", missing=missing)
+    reader = NpyReader(tmp_path)
+    assert reader.action_space is MINERL
+    episode = reader.read(folder)
+    known = 6 - missing
+    assert np.array_equal(episode.actions[:known, :8], np.stack([actions[key] for key in MINERL_KEYS], 1))
+    assert np.array_equal(episode.actions[:known, 8], encode_camera(actions["camera"]))
+    assert len(np.unique(episode.actions[:known, 8])) > 1 and episode.action_mask.sum() == known
+
+
+def test_items_of_extracted_minerl_are_dropped_or_kept(tmp_path):
+    place = np.array(["none", "dirt", "none", "dirt", "torch"])
+    folder, _ = write_minerl_keys(tmp_path / "MineRLNavigate-v0" / "v3_one", place=place)
+    episode = NpyReader(tmp_path).read(folder)
+    assert episode.info["dropped_actions"] == {"place": 3} and episode.actions.shape == (6, 9)
+    kept = NpyReader(tmp_path, action_space="minerl_items").read(folder)
+    assert "dropped_actions" not in kept.info and kept.actions.shape == (6, 14)
+    columns = dict(zip([c.name for c in MINERL_ITEMS.components], kept.actions[:5, [0, 8, 9, 10, 11, 12, 13]].T, strict=True))
+    assert columns["place"].tolist() == [0, 1, 0, 1, 6] and not columns["craft"].any()
+
+
+def test_an_action_space_may_come_from_a_config(tmp_path):
+    folder = write(tmp_path / "one")
+    (folder / "actions.npz").unlink()
+    np.save(folder / "actions.npy", np.array([0, 1, 2, 1, 0, 2]))
+    with pytest.raises(ValueError, match=r"actions\.npy: got actions of shape \(6,\); expected an action space that is known; give"):
+        NpyReader(tmp_path)
+    reader = NpyReader(tmp_path, action_space=[{"name": "move", "kind": "categorical", "size": 3}])
+    assert reader.read(folder).actions[:, 0].tolist() == [0, 1, 2, 1, 0, 2]
+    with pytest.raises(ValueError, match="no action space is called 'minecraft'; expected one of"):
+        NpyReader(tmp_path, action_space="minecraft")
+    for wrong in ([{"name": "move"}], ["move"], [{"name": "move", "kind": "categorical", "size": 3, "colour": 1}]):
+        with pytest.raises(ValueError, match="(?s)action_space is .*; expected a list such as"):
+            NpyReader(tmp_path, action_space=wrong)
+
+
+def test_words_among_numbers_are_refused(tmp_path):
+    folder = write(tmp_path / "one")
+    np.savez(folder / "actions.npz", place=np.array(["none"] * 6), camera=np.zeros(6))
+    space = ActionSpace((ActionComponent("place", "binary", 1), ActionComponent("camera", "categorical", 121)))
+    with pytest.raises(ValueError, match=r"actions\.npz: got place of <U4; expected numbers"):
+        NpyReader(tmp_path, action_space=space).read(folder)
+
+
+def test_the_camera_at_rest_is_class_60(tmp_path):
+    folder, _ = write_minerl_keys(tmp_path / "one", camera=np.zeros((5, 2)))
+    assert NpyReader(tmp_path).read(folder).actions[:5, 8].tolist() == [CAMERA_STILL] * 5 == [60] * 5
+
+
 def test_metadata_is_kept(tmp_path):
     folder = write(tmp_path / "one")
     (folder / "metadata.json").write_text(json.dumps({"success": True}))
@@ -106,7 +170,7 @@ def test_metadata_is_kept(tmp_path):
 def test_broken_recordings_are_named(tmp_path, changes, message):
     folder = write(tmp_path / "one", **changes)
     with pytest.raises(ValueError, match=message):
-        NpyReader(tmp_path, action_space=KEYBOARD_CAMERA).read(folder)
+        NpyReader(tmp_path, action_space=MINERL).read(folder)
 
 
 @pytest.mark.parametrize("name", ["rewards.npy", "actions.npz"])
@@ -114,7 +178,7 @@ def test_missing_files_are_named(tmp_path, name):
     folder = write(tmp_path / "one")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=name.replace("npz", "npy")):
-        NpyReader(tmp_path, action_space=KEYBOARD_CAMERA).read(folder)
+        NpyReader(tmp_path, action_space=MINERL).read(folder)
 
 
 def test_other_actions_than_the_first_recording_are_refused(tmp_path):
@@ -135,7 +199,7 @@ def test_a_folder_without_recordings_is_named(tmp_path):
 def test_any_sound_recording_is_read(tmp_path_factory, length, missing, seed):
     folder = write(tmp_path_factory.mktemp("sound") / "one", length, seed, missing=missing)
     episode = NpyReader(folder.parent).read(folder)
-    check_episode(episode, KEYBOARD_CAMERA, "here")
+    check_episode(episode, MINERL, "here")
     assert len(episode) == length
     known = length - missing
     with np.load(folder / "actions.npz") as actions:
@@ -180,8 +244,8 @@ def test_any_bytes_give_an_episode_or_an_error_that_names_the_recording(recordin
     )
     file.write_bytes(bad)
     try:
-        episode = NpyReader(recording.parent, action_space=KEYBOARD_CAMERA).read(recording)
-        check_episode(episode, KEYBOARD_CAMERA, "here")
+        episode = NpyReader(recording.parent, action_space=MINERL).read(recording)
+        check_episode(episode, MINERL, "here")
     except ValueError as error:
         assert str(recording) in str(error)
     finally:

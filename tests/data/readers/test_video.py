@@ -1,10 +1,12 @@
-import os
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dreamer.data import make_reader
 from dreamer.data.readers.video import UNLABELLED, VideoReader
 from dreamer.types import ActionComponent, ActionSpace
 
@@ -83,9 +85,33 @@ def test_a_folder_without_videos_is_named(tmp_path):
         VideoReader(tmp_path)
 
 
-@pytest.mark.skipif("DREAMER_SAMPLE_DATA" not in os.environ, reason="DREAMER_SAMPLE_DATA names no folder of sample recordings")
-def test_real_videos():
-    folder = Path(os.environ["DREAMER_SAMPLE_DATA"]) / "minerl_navigate"
+def test_the_action_space_of_labelled_recordings_is_named(tmp_path):
+    video = write(tmp_path / "one.mp4")
+    assert VideoReader(tmp_path, action_space="vpt").read(video).actions.shape == (12, 24)
+
+
+@pytest.mark.parametrize("size", [[64], [0, 64], [64, 5000], [64.0, 64.0], "64", [True, 64]])
+def test_other_sizes_than_height_and_width_are_refused(tmp_path, size):
+    write(tmp_path / "one.mp4")
+    with pytest.raises(ValueError, match="size is .*expected \\[height, width\\]|size is .*(valid|allowed)"):
+        make_reader("video", tmp_path, size=size)
+
+
+@given(data=st.data())
+def test_any_bytes_give_frames_or_an_error_that_names_the_file(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("bytes")
+    video = write(folder / "one.mp4", 4, size=(16, 16))
+    good = video.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    video.write_bytes(good[:place] + data.draw(st.binary(min_size=1, max_size=8)) + good[place + 8 :])
+    try:
+        assert VideoReader(folder, frames_per_second=10.0, max_frames=9).read(video).frames.shape[1:] == (3, 64, 64)
+    except ValueError as error:
+        assert str(video) in str(error)
+
+
+def test_real_videos(sample_data):
+    folder = sample_data / "minerl_navigate"
     reader = VideoReader(folder)
     lengths = [len(reader.read(video)) for video in reader.find(folder)]
     assert lengths == [500] * 4

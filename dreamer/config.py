@@ -82,6 +82,15 @@ class DreamerConfig(Config):
                     f"{key}.long_sequence_length is {phase.long_sequence_length}; expected above "
                     f"agent.dynamics.transformer.context_length = {seen}, or null for no long rows"
                 )
+        signals = {
+            "phase1.shortcut.context_signal": self.phase1.shortcut.context_signal,
+            "phase2.shortcut.context_signal": self.phase2.shortcut.context_signal,
+            "phase3.imagination.rollout.sampler.context_signal": self.phase3.imagination.rollout.sampler.context_signal,
+            "evaluation.sampler.context_signal": self.evaluation.sampler.context_signal,
+        }
+        if len(set(signals.values())) > 1:
+            told = ", ".join(f"{key}={value:g}" for key, value in signals.items())
+            raise ValueError(f"{told}: the past must look the same in training, imagination and evaluation; give all of them one value")
         for key, steps in {
             "phase3.imagination.rollout.sampler.num_steps": self.phase3.imagination.rollout.sampler.num_steps,
             "evaluation.sampler.num_steps": self.evaluation.sampler.num_steps,

@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from dreamer.envs import env_kind, make_player
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import AgentConfig, CausalTokenizerConfig
 from dreamer.training.phase0 import Phase0Config
@@ -69,6 +70,12 @@ class DreamerConfig(Config):
         """What would otherwise fail only when its phase begins, long after the start."""
         if self.env is None and self.data.recordings is None:
             raise ValueError("env is null and data.recordings too: there is nothing to learn from; set one of them")
+        if self.env is not None and self.evaluation.agent.scripted is not None:
+            env_kind(self.env.name)
+            try:
+                make_player(self.evaluation.agent.scripted, self.env.name)
+            except ValueError as error:
+                raise ValueError(f"evaluation.agent.scripted: {error}") from None
         seen, finest = self.agent.dynamics.transformer.context_length, self.agent.dynamics.max_steps
         for key, steps in {
             "phase3.imagination.rollout.context": self.phase3.imagination.rollout.context,

@@ -1,7 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 
 from dreamer.data import EpisodeStore, import_recordings, make_reader
+from dreamer.types import ActionComponent, ActionSpace
 
 
 def write(folder, length=6, num_rewards=None):
@@ -48,3 +51,34 @@ def test_unknown_readers_and_paths_are_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere: does not exist"):
         import_recordings(tmp_path / "nowhere", tmp_path / "out", "npy")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("video", {"siz": 64}, "'video' has no option 'siz'; expected one of size, action_space, frames_per_second, max_frames"),
+        ("npy", {"path": "x"}, "'npy' has no option 'path'; expected one of action_space, frames_per_second"),
+        ("video", {"size": 64}, "reader 'video': size: Input should be a valid tuple; got 64"),
+        ("video", {"size": [64, 0]}, "size.1: Input should be greater than 0; got 0"),
+        ("video", {"max_frames": "many"}, "max_frames: .* integer.*; got 'many'"),
+        ("npy", {"frames_per_second": 0}, "frames_per_second: Input should be greater than 0; got 0"),
+        ("npy", {"action_space": 3}, "reader 'npy': action_space: .*; got 3"),
+        ("npy", {"action_space": []}, "action_space: an action space needs at least one component"),
+        ("video", {"action_space": [{"name": "a", "kind": "key", "size": 2}]}, "components.0.kind: .*'binary'.*; got 'key'"),
+        ("video", {"action_space": [{"name": "a", "kind": "binary", "sise": 2}]}, "components.0.size: Field required"),
+        ("video", {"action_space": [{"name": "a", "kind": "binary", "size": 2, "lo": 0}]}, "components.0.lo: Unexpected .*; got 0"),
+        ("video", {"action_space": [{"name": "a", "kind": "binary", "size": 0}]}, "size is 0; expected at least 1"),
+    ],
+)
+def test_options_that_a_reader_cannot_use_are_one_line(tmp_path, name, options, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        make_reader(name, tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["npy", "video"])
+def test_an_action_space_can_be_given_as_a_config_holds_it(tmp_path, name):
+    space = ActionSpace((ActionComponent("keys", "binary", 2, labels=("a", "b")), ActionComponent("aim", "continuous", 1, -2.0, 2.0)))
+    reader = make_reader(name, tmp_path, action_space=json.loads(json.dumps(space.to_json())), frames_per_second=10)
+    assert reader.action_space == space
+    assert make_reader(name, tmp_path, action_space=space, frames_per_second=10).action_space is space

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from pydantic import PositiveFloat
 
 from dreamer.data.alignment import episode_from_steps, episode_from_transitions
 from dreamer.data.checks import check_episode
+from dreamer.data.readers.options import ActionSpaceOption, check_options
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
 KEYS = ("forward", "back", "left", "right", "jump", "sneak", "sprint", "attack")
@@ -32,7 +34,8 @@ class NpyReader:
 
     name = "npy"
 
-    def __init__(self, path: Path | str, *, action_space: ActionSpace | None = None, frames_per_second: float = 20.0) -> None:
+    @check_options
+    def __init__(self, path: Path | str, *, action_space: ActionSpaceOption | None = None, frames_per_second: PositiveFloat = 20.0) -> None:
         self.frames_per_second = frames_per_second
         self.action_space = action_space or _derive_space(self.find(Path(path))[0])
 
@@ -122,7 +125,7 @@ def _load_actions(recording: Path) -> tuple[Path, np.ndarray | dict[str, np.ndar
 
 def _derive_space(recording: Path) -> ActionSpace:
     file, arrays = _load_actions(recording)
-    remedy = "an action space that is known; give action_space to NpyReader"
+    remedy = "an action space that is known; give the reader's option action_space"
     if isinstance(arrays, np.ndarray):
         if arrays.ndim == 2 and arrays.shape[1] == KEYBOARD_CAMERA.num_columns:
             return KEYBOARD_CAMERA

@@ -8,8 +8,10 @@ import av
 import av.error
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+from pydantic import PositiveFloat, PositiveInt
 
 from dreamer.data.alignment import episode_without_actions
+from dreamer.data.readers.options import ActionSpaceOption, check_options
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
 SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi"}
@@ -25,14 +27,15 @@ class VideoReader:
 
     name = "video"
 
+    @check_options
     def __init__(
         self,
         path: Path | str,
         *,
-        size: tuple[int, int] = (64, 64),
-        action_space: ActionSpace | None = None,
-        frames_per_second: float | None = None,
-        max_frames: int = 50_000,
+        size: tuple[PositiveInt, PositiveInt] = (64, 64),
+        action_space: ActionSpaceOption | None = None,
+        frames_per_second: PositiveFloat | None = None,
+        max_frames: PositiveInt = 50_000,
     ) -> None:
         self.size, self.max_frames = size, max_frames
         self.action_space = action_space or UNLABELLED

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer.data.checks import check_episode
+from dreamer.data.readers import make_reader
 from dreamer.data.readers.npy import KEYBOARD_CAMERA, NpyReader
 from dreamer.types import ActionComponent, ActionSpace
 
@@ -57,7 +58,9 @@ def test_actions_npy(tmp_path):
     np.save(folder / "actions.npy", rows)
     assert np.array_equal(NpyReader(tmp_path).read(folder).actions, rows)
     np.save(folder / "actions.npy", rows[:, :3])
-    with pytest.raises(ValueError, match=r"actions\.npy: got actions of shape \(6, 3\)"):
+    space = [{"name": "move", "kind": "binary", "size": 3}]
+    assert np.array_equal(make_reader("npy", tmp_path, action_space=space).read(folder).actions, rows[:, :3])
+    with pytest.raises(ValueError, match=r"actions\.npy: got actions of shape \(6, 3\); .* give the reader's option action_space"):
         NpyReader(tmp_path)
     space = ActionSpace((ActionComponent("x", "binary", 3),))
     assert NpyReader(tmp_path, action_space=space).read(folder).actions.shape == (6, 3)

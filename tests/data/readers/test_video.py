@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 
+from dreamer.data.readers import make_reader
 from dreamer.data.readers.video import UNLABELLED, VideoReader
 from dreamer.types import ActionComponent, ActionSpace
 
@@ -31,6 +32,11 @@ def test_frames_come_in_order_and_in_size(tmp_path):
     episode = reader.read(video)
     assert episode.frames.shape == (12, 3, 16, 24)
     assert np.abs(episode.frames.mean((1, 2, 3)) - 20 * np.arange(12)).max() < 6
+
+
+def test_a_config_gives_the_size_as_a_list(tmp_path):
+    video = write(tmp_path / "one.mp4")
+    assert make_reader("video", tmp_path, size=[16, 24]).read(video).frames.shape == (12, 3, 16, 24)
 
 
 def test_no_action_is_known(tmp_path):

@@ -83,7 +83,7 @@ def _parser() -> Parser:
         return own
 
     demo = add("demo", _demo, "Everything once, from recording to a report that a browser shows.", preset="demo")
-    demo.add_argument("--open", action="store_true", help="open the report in a browser, if there is a display")
+    demo.add_argument("--no-open", action="store_true", help="do not open the report in a browser at the end")
     demo.add_argument("--seeds", nargs="+", metavar="N", help="once for each seed, in run_dir/seed_N, then all of them taken together")
     demo.add_argument("--out", type=Path, metavar="DIR", help="with --seeds: folder of the results (default: run_dir/results)")
     add("record", _stage("record"), "Play, and write what was seen and done as episodes (or import data.recordings).")
@@ -157,9 +157,13 @@ def _demo(arguments: argparse.Namespace, command: str) -> int:
     run = Run(_load(arguments), command)
     run_all(run, lambda text: print(text, flush=True), arguments.began)
     print("\n".join(["", *key_figures(run), "", f"report: {run.report_path.resolve()}"]))
-    if arguments.open and (sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if sys.stdout.isatty() and not arguments.no_open and _has_display():
         webbrowser.open(run.report_path.resolve().as_uri())
     return 0
+
+
+def _has_display() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:

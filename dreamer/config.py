@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, model_validator
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
+from dreamer.envs import env_kind, make_player
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import AgentConfig, CausalTokenizerConfig
 from dreamer.training.phase0 import Phase0Config
@@ -69,6 +70,12 @@ class DreamerConfig(Config):
         """What would otherwise fail only when its phase begins, long after the start."""
         if self.env is None and self.data.recordings is None:
             raise ValueError("env is null and data.recordings too: there is nothing to learn from; set one of them")
+        if self.env is not None and self.evaluation.agent.scripted is not None:
+            env_kind(self.env.name)
+            try:
+                make_player(self.evaluation.agent.scripted, self.env.name)
+            except ValueError as error:
+                raise ValueError(f"evaluation.agent.scripted: {error}") from None
         seen, finest = self.agent.dynamics.transformer.context_length, self.agent.dynamics.max_steps
         for key, steps in {
             "phase3.imagination.rollout.context": self.phase3.imagination.rollout.context,
@@ -82,6 +89,15 @@ class DreamerConfig(Config):
                     f"{key}.long_sequence_length is {phase.long_sequence_length}; expected above "
                     f"agent.dynamics.transformer.context_length = {seen}, or null for no long rows"
                 )
+        signals = {
+            "phase1.shortcut.context_signal": self.phase1.shortcut.context_signal,
+            "phase2.shortcut.context_signal": self.phase2.shortcut.context_signal,
+            "phase3.imagination.rollout.sampler.context_signal": self.phase3.imagination.rollout.sampler.context_signal,
+            "evaluation.sampler.context_signal": self.evaluation.sampler.context_signal,
+        }
+        if len(set(signals.values())) > 1:
+            told = ", ".join(f"{key}={value:g}" for key, value in signals.items())
+            raise ValueError(f"{told}: the past must look the same in training, imagination and evaluation; give all of them one value")
         for key, steps in {
             "phase3.imagination.rollout.sampler.num_steps": self.phase3.imagination.rollout.sampler.num_steps,
             "evaluation.sampler.num_steps": self.evaluation.sampler.num_steps,

@@ -138,7 +138,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of latent steps, ready for the models. ``is_first`` marks an episode's first latent step."""
+    """Windows of latent steps, ready for the models."""
 
     latents: Float[Tensor, "B T N Z"]
     prev_actions: Float[Tensor, "B T P A"]
@@ -147,7 +147,6 @@ class Batch:
     action_mask: Bool[Tensor, "B T P"]
     rewards: Float[Tensor, "B T"]
     terminals: Bool[Tensor, "B T"]
-    is_first: Bool[Tensor, "B T"]
     task: Int[Tensor, " B"]
     has_rewards: Bool[Tensor, " B"]  # False: rewards and terminals are not known
     is_relevant: Bool[Tensor, " B"]  # drawn from the episodes that reach the task: behaviour cloning learns from these
@@ -180,9 +179,7 @@ class Trajectory:
     rewards: Float[Tensor, "B R"]
     continues: Float[Tensor, "B R"]  # probability that the episode goes on
     latents: Float[Tensor, "B R1 N Z"]
-
-    def to(self, device: torch.device | str) -> Trajectory:
-        return Trajectory(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
+    has_ended: Bool[Tensor, " B"]  # the episode was over at s_0: nothing that follows counts
 
 
 @runtime_checkable

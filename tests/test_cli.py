@@ -45,6 +45,11 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str
         (["train", "phase1", "--preset", "smoke", "--steps", "3"], "unrecognized argument '--steps'"),
         (["demo", "--preset", "smoke", "phase3.imagination.rollout.context=60"], "phase3.imagination.rollout.context is 60"),
         (["demo", "--preset", "smoke", "evaluation.sampler.num_steps=3"], "num_steps is 3; expected a power of two"),
+        (
+            ["demo", "--preset", "smoke", "evaluation.sampler.context_signal=0.8"],
+            "evaluation.sampler.context_signal=0.8: the past must look",
+        ),
+        (["demo", "--preset", "smoke", "phase1.shortcut.heads_context_fraction=1"], "no heads learn in phase 1"),
         (["demo", "--preset", "smoke", "evaluation.sampler.num_steps=16"], "evaluation.sampler.num_steps is 16; agent.dynamics.max_steps"),
         (["demo", "--preset", "smoke", "--seeds", "0", "one"], "--seeds: 'one' is no seed"),
         (["demo", "--preset", "smoke", "--seeds", "1", "01"], "--seeds: got 1 1; expected different ones"),

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from dreamer.config import ConfigError, config_keys, load_config, save_config
+from dreamer.config import ConfigError, DreamerConfig, config_keys, load_config, save_config
 from dreamer.types import Config
 
 
@@ -221,6 +221,23 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 )
 def test_overrides_that_cannot_be_used(tmp_path: Path, override: str, words: str) -> None:
     assert words in message(tmp_path, "name: a", override)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluation.agent.scripted=typo"], "'typo' for environment 'crafter-chop'; expected one of random, scripted, noisy, lazy"),
+        (
+            ["evaluation.agent.scripted=scripted", "env.name=CartPole-v1"],
+            "'scripted' for environment 'CartPole-v1'; expected one of random",
+        ),
+    ],
+)
+def test_a_scripted_player_that_the_environment_does_not_have_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"evaluation.agent.scripted: unknown player {said}"):
+        load_config(DreamerConfig, None, words)
+    load_config(DreamerConfig, None, ["evaluation.agent.scripted=scripted"])
+    load_config(DreamerConfig, None, [*words, "env=null", "data.recordings.path=x"])  # nobody plays
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------------------

@@ -9,17 +9,22 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``: renamed to it once the block is done and the bytes are on the disk, else removed."""
+def atomic_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path``: renamed to it once the block is done and the bytes are on the disk, else removed.
+
+    ``is_new``: raises ``FileExistsError``, and changes nothing, if another process has made ``path`` in the meantime.
+    """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
         fsync_path(tmp)
-        tmp.replace(path)
+        if is_new:
+            os.link(tmp, path)  # unlike a rename, it replaces nothing
+        else:
+            tmp.replace(path)
         fsync_path(path.parent)
-    except BaseException:
+    finally:
         tmp.unlink(missing_ok=True)
-        raise
 
 
 def fsync_path(path: Path) -> None:

@@ -65,8 +65,7 @@ class PretokenizedDataset:
         prev_actions, prev_mask = shift_actions(arrays["actions"], arrays["action_mask"])
         arrays |= {"prev_actions": prev_actions, "prev_action_mask": prev_mask}
         arrays["latents"] = arrays["latents"].astype(np.float32, copy=False)
-        window = {name: array[before:] for name, array in arrays.items()}
-        return window | {"is_first": np.arange(start, start + self.sequence_length) == 0}
+        return {name: array[before:] for name, array in arrays.items()}
 
 
 def long_batch_size(batch_size: int, sequence_length: int, long_sequence_length: int) -> int:

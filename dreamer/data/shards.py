@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import zlib
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,10 +57,10 @@ def checksum(*buffers: Any) -> int:
 
 
 def write_shard(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any]) -> None:
-    """Write arrays and a JSON header as one safetensors file, atomically."""
+    """Write arrays and a JSON header as one safetensors file, atomically. Raises ``FileExistsError`` rather than replace a shard."""
     text = canonical(header, str(path))
     require_disk(path.parent, sum(a.nbytes for a in arrays.values()) + len(text))
-    with atomic_file(path) as tmp:
+    with atomic_file(path, is_new=True) as tmp:
         # one key only: safetensors keeps no order among several, and equal shards must be equal bytes
         save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, tmp, {"dreamer": f"{checksum(text.encode()):08x}{text}"})
 
@@ -162,11 +163,13 @@ class ShardedWriter:
             self._adopt_store_file()
         else:
             self._write_store_file()
-        paths = shard_paths(self.path)
-        number = int(paths[-1].stem.removeprefix("shard-")) + 1 if paths else 0
         arrays = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
-        write_shard(self.path / f"shard-{number:06d}.safetensors", arrays, self._header())
-        self._entries, self._parts = [], []
+        while self._parts:
+            paths = shard_paths(self.path)
+            number = int(paths[-1].stem.removeprefix("shard-")) + 1 if paths else 0
+            with suppress(FileExistsError):  # another process was faster: the next number
+                write_shard(self.path / f"shard-{number:06d}.safetensors", arrays, self._header())
+                self._entries, self._parts = [], []
 
 
 def read_store_file(path: Path, kind: str) -> dict[str, Any]:

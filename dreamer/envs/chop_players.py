@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from pydantic import validate_call
 
 from dreamer.envs.crafter_chop import ACTION_NAMES, GRASS, TREE, CrafterChop
 from dreamer.envs.planning import shortest_plan
@@ -79,6 +80,7 @@ class LazyPlayer(ChopPlayer):
 
     name = "lazy"
 
+    @validate_call
     def __init__(self, hesitation: float = 0.2, wander: float = 0.5) -> None:
         for field, value in (("hesitation", hesitation), ("wander", wander)):
             if not 0.0 <= value <= 1.0:

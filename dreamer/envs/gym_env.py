@@ -33,7 +33,14 @@ class GymEnv(gymnasium.Wrapper):
         self.config = GymConfig(**options)
         check_gym_id(self.config.id)
         limit = {} if self.config.length is None else {"max_episode_steps": self.config.length}
-        super().__init__(gymnasium.make(self.config.id, render_mode="rgb_array", disable_env_checker=True, **limit, **self.config.kwargs))
+        try:
+            env = gymnasium.make(self.config.id, render_mode="rgb_array", disable_env_checker=True, **limit, **self.config.kwargs)
+        except TypeError as error:
+            got, why = self.config.kwargs, " ".join(str(error).split())
+            raise ValueError(
+                f"env {self.config.id!r}: kwargs is {got}; expected arguments of the environment's constructor: {why}"
+            ) from error
+        super().__init__(env)
         space = self.env.observation_space
         self._has_pixels = isinstance(space, gymnasium.spaces.Box) and space.dtype == np.uint8 and is_picture(space.shape)
         size = self.config.size
@@ -64,7 +71,7 @@ def resize(image: UInt8[np.ndarray, "H W *C"], size: int, resample: Literal["are
     """Stretch a grey or RGB picture to ``size`` x ``size`` RGB."""
     image = np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3))
     if image.shape[:2] == (size, size):
-        return np.ascontiguousarray(image)
+        return image.copy()  # environments may draw the next frame in the same memory
     how = Image.Resampling.BOX if resample == "area" else Image.Resampling.NEAREST
     return np.array(Image.fromarray(np.ascontiguousarray(image)).resize((size, size), how))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError, validate_call
 
 from dreamer.envs.chop_players import ChopPlayer, LazyPlayer
 from dreamer.envs.grid_player import GridPlayer
@@ -63,6 +64,7 @@ class NoisyPlayer:
 
 
 def _noisy(expert: Callable[[], Player]) -> Callable[..., NoisyPlayer]:
+    @validate_call
     def make(epsilon: float = 0.5, sticky: int = 1) -> NoisyPlayer:
         return NoisyPlayer(expert(), epsilon, sticky)
 
@@ -75,10 +77,10 @@ PLAYERS: dict[str, dict[str, Callable[..., Player]]] = {
 }
 
 
-def make_player(name: str, env_name: str, **options: Any) -> Player:
+def make_player(name: str, env_name: str, /, **options: Any) -> Player:
     """The player ``name`` for the environment ``env_name`` (as given to ``make_env``).
 
-    Raises ``ValueError`` that lists what exists, if there is no such player or option.
+    Raises ``ValueError`` that lists what exists, if there is no such player or option, or names an option that cannot be used.
     """
     makers = PLAYERS.get("minigrid" if env_name.startswith("MiniGrid-") else env_name, {"random": RandomPlayer})
     if name not in makers:
@@ -86,4 +88,8 @@ def make_player(name: str, env_name: str, **options: Any) -> Player:
     accepted = inspect.signature(makers[name]).parameters
     if unknown := [option for option in options if option not in accepted]:
         raise ValueError(f"player {name!r} has no option {unknown[0]!r}; expected one of {', '.join(accepted) or 'none'}")
-    return makers[name](**options)
+    try:
+        return makers[name](**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"player {name!r}: {first['loc'][0]}: {first['msg']}; got {first['input']!r}") from error

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from dreamer.data.actions import ActionCodec
 from dreamer.envs.seeding import episode_seed
-from dreamer.evaluation.intervals import Interval, mean_interval
+from dreamer.evaluation.intervals import Interval, mean_interval, share_interval
 from dreamer.types import Env, Player
 
 
@@ -114,7 +114,7 @@ class AgentResult:
 
     @property
     def success_rate(self) -> Interval | None:
-        return mean_interval(np.array(self.successes, np.float64)) if self.successes else None
+        return share_interval(np.array(self.successes, bool)) if self.successes else None
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the videos, with the summary beside it."""

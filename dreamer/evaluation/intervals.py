@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how far a figure could move had other episodes been drawn."""
+"""Intervals: how far a figure could move had other episodes been drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,14 @@ def bootstrap_interval(
     resampled = statistic(times_drawn @ contributions)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
+
+
+def share_interval(values: Bool[np.ndarray, " n"]) -> Interval:
+    """The share of True with its 95 % Wilson score interval, which has a width at 0 and 1 too."""
+    n, share, z = len(values), float(np.mean(values)), 1.959964
+    center, spread = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return Interval(share, max(0.0, float(center - spread) / scale), min(1.0, float(center + spread) / scale))
 
 
 def mean_interval(values: Float[np.ndarray, " n"], *, level: float = 0.95, num_resamples: int = 2000, seed: int = 0) -> Interval:

@@ -111,10 +111,6 @@ def write_video(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "F H W C
     return write_atomic(path, encoders[path.suffix](frames, fps))
 
 
-def write_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "H W C"]) -> Path:
-    return write_atomic(path, encode_png(image))
-
-
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write beside, fsync, rename: after a crash the old file or the new one is there, never half of one."""
     path = Path(path)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dreamer.evaluation.intervals import Interval, bootstrap_interval
 
@@ -31,13 +31,6 @@ TRUE_ACTIONS = "true actions"
 SHUFFLED_ACTIONS = "shuffled actions"
 COPY_LAST_FRAME = "copy last frame"
 RECONSTRUCTION = "reconstruction"
-
-
-def psnr_per_frame(predicted: UInt8[Tensor, "B T C H W"], target: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T"]:
-    """PSNR of each frame in dB, at most ``MAX_PSNR``."""
-    _check_frames("predicted", predicted, target)
-    frames = peak_signal_noise_ratio(predicted.float(), target.float(), data_range=PEAK, reduction="none", dim=(2, 3, 4))
-    return frames.clamp(max=MAX_PSNR)
 
 
 def ssim_per_frame(predicted: UInt8[Tensor, "B T C H W"], target: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T"]:
@@ -173,26 +166,6 @@ def score_open_loop(
 def copy_last_frame(context_frames: UInt8[Tensor, "B F C H W"], horizon: int) -> UInt8[Tensor, "B {horizon} C H W"]:
     """The prediction that nothing changes: what a world model has to beat before its PSNR means anything."""
     return context_frames[:, -1:].expand(-1, horizon, -1, -1, -1)
-
-
-def derangement(n: int, generator: torch.Generator) -> Int[Tensor, " {n}"]:
-    """A random permutation of ``n`` rows that leaves none in its place (Sattolo's algorithm: one cycle through all)."""
-    if n < 2:
-        raise ValueError(f"derangement: {n} row(s) cannot trade places; expected at least 2 episodes")
-    order = list(range(n))
-    for i in range(n - 1, 0, -1):
-        j = int(torch.randint(i, (1,), generator=generator))
-        order[i], order[j] = order[j], order[i]
-    return torch.tensor(order)
-
-
-def shuffle_actions(actions: Float[Tensor, "B ..."], generator: torch.Generator) -> Float[Tensor, "B ..."]:
-    """Give every row the actions of another row. A model that ignores actions scores the same with them.
-
-    Whole sequences move, so that they stay as plausible in themselves as before. Where a mask has to move along, index both with
-    ``derangement`` instead.
-    """
-    return actions[derangement(len(actions), generator).to(actions.device)]
 
 
 def _score(per_episode: Any, counts: np.ndarray, mse: np.ndarray, ssim: np.ndarray, bootstrap: dict[str, int]) -> VideoScore:

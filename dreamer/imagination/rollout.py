@@ -49,4 +49,5 @@ class ImaginationRollout:
             rewards=agent.reward.mean(states[:, 1:]),
             continues=agent.continue_.mean(states[:, 1:]),
             latents=torch.stack(latents, dim=1),
+            has_ended=batch.terminals[:, context - 1],
         )

@@ -100,7 +100,8 @@ class ActionDistribution:
 
     @staticmethod
     def _unscale(component, scaled: Tensor) -> Tensor:
-        return (scaled.clamp(-1, 1) + 1) / 2 * (component.high - component.low) + component.low
+        values = (scaled.clamp(-1, 1) + 1) / 2 * (component.high - component.low) + component.low
+        return values.clamp(component.low, component.high)  # rounding may end one step outside
 
     def kl(self, other: ActionDistribution) -> Float[Tensor, "..."]:
         """KL[self || other] in nats, summed over components."""

@@ -9,16 +9,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from dreamer.data import EpisodeStore, LatentStore, import_recordings, pretokenize
+from dreamer.data import ActionCodec, EpisodeStore, LatentStore, import_recordings, pretokenize
 from dreamer.data.shards import STORE_FILE
-from dreamer.envs import make_player
+from dreamer.envs import make_env, make_player
 from dreamer.evaluation.agent import PolicyPlayer
 from dreamer.imagination import AgentPolicy, SamplerConfig
 from dreamer.imagination.policy import Mode
+from dreamer.models import Agent
 from dreamer.pipeline.run import Run
 from dreamer.training.models_io import load_agent, load_tokenizer
 from dreamer.training.record import record
-from dreamer.types import Player
+from dreamer.training.settings import EnvConfig
+from dreamer.types import ActionComponent, ActionSpace, Player
 
 BATCH_FRAMES = 256  # that the tokenizer encodes at once
 
@@ -35,27 +37,28 @@ def record_episodes(run: Run) -> bool:
         with _bar("import") as bar:
             import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, options=recordings.options)
     else:
-        assert config.env is not None  # the config's validator
+        env = config.env
+        assert env is not None  # the config's validator
         players = [(player.name, player.options, player.fraction) for player in config.record.players]
         with _bar("record") as bar:
             record(
-                config.env.name,
-                config.env.options,
+                env.name,
+                env.options,
                 players,
                 run.episodes_path,
                 config.record.num_episodes,
                 config.seed,
-                player_maker=make_any_player,
+                player_maker=lambda name, _, **options: make_any_player(name, env, **options),
                 progress=bar,
             )
     run.save_config()
     return _count(run.episodes_path) > before
 
 
-def make_any_player(name: str, env_name: str, **options: Any) -> Player:
+def make_any_player(name: str, env: EnvConfig, /, **options: Any) -> Player:
     """The players of ``dreamer.envs``, and ``agent``: a trained one, by ``checkpoint`` and ``tokenizer`` (folders) and ``mode``."""
     if name != "agent":
-        return make_player(name, env_name, **options)
+        return make_player(name, env.name, **options)
     expected = {"checkpoint", "tokenizer"}
     if not expected <= options.keys() <= expected | {"mode"}:
         raise ValueError(f"player 'agent' has the options {sorted(options)}; expected checkpoint, tokenizer and, if wanted, mode")
@@ -66,7 +69,33 @@ def make_any_player(name: str, env_name: str, **options: Any) -> Player:
     agent, info = load_agent(Path(options["checkpoint"]))
     if info["tokenizer"] != tokenizer.fingerprint():
         raise ValueError(f"{options['checkpoint']}: was trained on latents of another tokenizer than {options['tokenizer']}")
+    check_actions(agent, env, Path(options["checkpoint"]))
     return PolicyPlayer(AgentPolicy(agent, tokenizer, SamplerConfig(num_steps=1), mode=mode, name=f"agent-{info['phase']}-{mode}"))
+
+
+def check_actions(agent: Agent, env: EnvConfig, where: Path) -> None:
+    """``ValueError`` unless the agent at ``where`` acts as the environment does. Labels count where both have them."""
+    made = make_env(env.name, **env.options)
+    names = getattr(made, "action_names", None)
+    spaces = agent.action_space, ActionCodec(made.action_space, {"action": names} if names else None).space
+    made.close()
+    has_labels = all(component.labels for space in spaces for component in space.components)
+    own, other = (_told(space, has_labels) for space in spaces)
+    if own != other:
+        raise ValueError(
+            f"{where}: the agent's actions are {own}, those of the environment {env.name!r} {other}; expected the same: "
+            "choose the environment that it was trained for"
+        )
+
+
+def _told(space: ActionSpace, has_labels: bool) -> str:
+    """What has to agree, in words."""
+
+    def one(c: ActionComponent) -> str:
+        bounds = f" from {c.low:g} to {c.high:g}" if c.kind == "continuous" else ""
+        return f"{c.name} ({c.kind} {c.size}{bounds}{': ' + ', '.join(c.labels) if has_labels else ''})"
+
+    return " + ".join(map(one, space.components))
 
 
 def pretokenize_latents(run: Run) -> bool:

@@ -24,7 +24,7 @@ from dreamer.evaluation.report import Role
 from dreamer.imagination import AgentPolicy, Sampler
 from dreamer.imagination.policy import Mode
 from dreamer.models import CausalTokenizer
-from dreamer.pipeline.collect import make_any_player
+from dreamer.pipeline.collect import check_actions, make_any_player
 from dreamer.pipeline.run import Run, write_json
 from dreamer.training.checkpoint import read_json, read_tensors
 from dreamer.training.models_io import weights_fingerprint
@@ -141,6 +141,7 @@ def _contestants(run: Run, env: EnvConfig, phases: list[str]) -> list[Contestant
     tokenizer = run.tokenizer() if phases else None
     for phase in phases:
         assert tokenizer is not None
+        check_actions(run.agent(phase, tokenizer), env, run.path / phase)
         label, role = TRAINED[phase]
         for mode in ("sampled", "argmax"):
             found.append(Contestant(label, role, mode, _agent_maker(run, phase, tokenizer, mode)))
@@ -161,7 +162,7 @@ class RecordedMixture:
     name = "recorded players"
 
     def __init__(self, config: RecordConfig, env: EnvConfig) -> None:
-        self._players = [make_any_player(player.name, env.name, **player.options) for player in config.players]
+        self._players = [make_any_player(player.name, env, **player.options) for player in config.players]
         self._shares = [player.fraction for player in config.players]
 
     def reset(self, env: Env, seed: int) -> None:

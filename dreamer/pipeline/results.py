@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dreamer.config import DreamerConfig, load_config
 from dreamer.evaluation.agent import AgentResult
@@ -15,6 +17,48 @@ from dreamer.pipeline.targets import Check, check_targets
 from dreamer.training.checkpoint import read_json
 
 MAY_DIFFER = ("seed", "run_dir")
+
+# What is read of the files in a run's evaluation/. Other keys may stand beside it.
+
+
+class WorldModelFile(BaseModel):
+    result: WorldModelResult
+
+
+class Row(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)  # the videos of a result are arrays
+
+    label: str
+    role: str
+    mode: str | None
+    result: AgentResult
+
+
+class AgentFile(BaseModel):
+    rows: list[Row]
+
+
+class Hardware(BaseModel, extra="allow"):
+    __pydantic_extra__: dict[str, str]
+
+    CPU: str
+    threads: str
+
+
+class Stage(BaseModel):
+    seconds: float
+    peak_memory_mb: float
+
+
+class RunFile(BaseModel):
+    command: str = ""
+    hardware: Hardware
+    versions: dict[str, str] = Field(default_factory=dict)
+    revisions: list[str | None] = Field(default_factory=list)
+    stages: dict[str, Stage] = Field(min_length=1)
+
+
+FileT = TypeVar("FileT", WorldModelFile, AgentFile, RunFile)
 
 
 @dataclass(frozen=True)
@@ -99,7 +143,7 @@ def collect_results(paths: Sequence[Path], command: str = "") -> Results:
 
 
 def read_finished(path: Path) -> Finished:
-    """A run whose stages are all done; ``ValueError`` names what is missing and the command that makes it."""
+    """A run whose stages are all done; ``ValueError`` names what is missing or damaged, and how to come by it."""
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: is not the folder of a run (it has no config.yaml); expected one that dreamer demo has made")
     config = load_config(DreamerConfig, path / "config.yaml")
@@ -110,17 +154,28 @@ def read_finished(path: Path) -> Finished:
     for file, verb in needed.items():
         if not file.is_file():
             raise ValueError(f"{file}: does not exist; this run is not finished, run: dreamer {verb} --config {path / 'config.yaml'}")
-    rows = read_json(evaluation / "agent.json")["rows"] if config.env is not None else []
-    keys = [row["role"] if row["mode"] is None else f"{row['role']} {row['mode']}" for row in rows]
-    labels = [row["label"] if row["mode"] is None else f"{row['label']}, {row['mode']}" for row in rows]
+    remove, again = "remove it and run: dreamer evaluate", f"--config {path / 'config.yaml'}"
+    rows = _read(evaluation / "agent.json", AgentFile, f"{remove} agent {again}").rows if config.env is not None else []
+    keys = [row.role if row.mode is None else f"{row.role} {row.mode}" for row in rows]
+    labels = [row.label if row.mode is None else f"{row.label}, {row.mode}" for row in rows]
+    spent = _read(evaluation / "run.json", RunFile, "restore it, or make the run again in another run_dir: times are measured only once")
     return Finished(
         path=path,
         config=config,
-        world_model=WorldModelResult.from_json(read_json(evaluation / "world_model.json")["result"]),
-        agents={key: AgentResult.from_json(row["result"]) for key, row in zip(keys, rows, strict=True)},
+        world_model=_read(evaluation / "world_model.json", WorldModelFile, f"{remove} world-model {again}").result,
+        agents={key: row.result for key, row in zip(keys, rows, strict=True)},
         labels=dict(zip(keys, labels, strict=True)),
-        spent=read_json(evaluation / "run.json"),
+        spent=spent.model_dump(exclude_unset=True),
     )
+
+
+def _read(path: Path, kind: type[FileT], remedy: str) -> FileT:
+    """``ValueError`` names the file and the remedy if it does not hold what is read of it."""
+    try:
+        return kind.model_validate(read_json(path, remedy))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}); {remedy}") from error
 
 
 def _check_comparable(runs: Sequence[Finished]) -> None:

@@ -22,7 +22,7 @@ from dreamer.data import EpisodeStore, LatentStore, split_episodes
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent, CausalTokenizer
-from dreamer.training.checkpoint import list_checkpoints, read_json
+from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json
 from dreamer.training.models_io import load_agent, load_tokenizer
 
 
@@ -102,8 +102,7 @@ class Run:
         """Whether ``phase`` was trained; ``ValueError`` if it began and did not end: half a training must not be judged as a whole."""
         found = list_checkpoints(self.path / phase)
         if found:
-            settings = read_json(found[-1][1] / "state.json")["settings"]
-            self.require_finished(phase, int(settings[phase]["train"]["steps"]))
+            self.require_finished(phase, planned_steps(found[-1][1], phase))
         return bool(found)
 
     def require_finished(self, phase: str, steps: int | None) -> None:

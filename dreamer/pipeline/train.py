@@ -18,7 +18,7 @@ from dreamer.imagination import Sampler
 from dreamer.models import Agent, CausalTokenizer
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
-from dreamer.training.checkpoint import list_checkpoints, read_json
+from dreamer.training.checkpoint import list_checkpoints, planned_steps
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer
 from dreamer.training.models_io import agent_info, tokenizer_info, weights_fingerprint
@@ -121,7 +121,7 @@ def _extra_steps(run: Run) -> int:
     if run.config.bc_long.extra_steps is not None:
         return run.config.bc_long.extra_steps
     if found := list_checkpoints(run.path / "bc_long"):  # already begun: measuring again could give another number
-        return int(read_json(found[-1][1] / "state.json")["settings"]["bc_long"]["train"]["steps"])
+        return planned_steps(found[-1][1], "bc_long")
     run.require_finished("phase3", run.config.phase3.train.steps)
     seconds_a_step = run.seconds("phase2") / run.config.phase2.train.steps
     return max(run.config.phase3.train.steps, math.ceil(run.seconds("phase3") / seconds_a_step))
@@ -155,7 +155,9 @@ def train_phase3(run: Run) -> bool:
     phase = Phase3(agent, config.imagination).to(run.device)
     data = _Data(run, latents, config.imagination.rollout.context)
     if not latents.has_rewards[data.train_ids].any():
-        raise ValueError(f"{latents.path}: no episode's rewards are known, so there is nothing to practise for; phase 3 needs some that are")
+        raise ValueError(
+            f"{latents.path}: no episode's rewards are known, so there is nothing to practise for; phase 3 needs some that are"
+        )
     hook = validation.validate_imagination(phase, data.held_out(config.train.batch_size), run.seed("validation"))
     settings = _settings(run, "phase3", config, latents, weights_fingerprint(run.path / "phase2"))
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase3")
@@ -168,6 +170,12 @@ class _Data:
     def __init__(self, run: Run, latents: LatentStore, sequence_length: int) -> None:
         self.run, self.latents, self.sequence_length = run, latents, sequence_length
         self.train_ids, self.val_ids = run.split(len(latents))
+        first, last, num_tasks = int(latents.tasks.min()), int(latents.tasks.max()), run.config.agent.dynamics.num_tasks
+        if first < 0 or last >= num_tasks:
+            raise ValueError(
+                f"{latents.path}: its episodes are of tasks {first} to {last}; "
+                f"agent.dynamics.num_tasks is {num_tasks}: expected 0 to {num_tasks - 1}"
+            )
 
     def stream(
         self,

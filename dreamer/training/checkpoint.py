@@ -81,17 +81,39 @@ def save_checkpoint(
     return final
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint; ``ValueError`` naming the file if it is missing or damaged."""
+def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str, Any]:
+    """A JSON object from a file; ``ValueError`` naming it if it is missing, and the remedy too if it is damaged."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of a checkpoint or of a finished run?") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); use an earlier checkpoint") from error
+        raise ValueError(f"{path}: not readable as JSON ({error}); {remedy}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object")
+        raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object; {remedy}")
     return data
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint; ``ValueError`` naming the file and the remedy if it is damaged."""
+    state = read_json(checkpoint / "state.json")
+    for key, kind in {"settings": dict, "seed": int, "num_skipped": int}.items():
+        if not isinstance(state.get(key), kind):
+            raise _damaged_state(checkpoint, f"{key} is {state.get(key)!r}")
+    return state
+
+
+def planned_steps(checkpoint: Path, phase: str) -> int:
+    """For how many steps ``phase`` was to be trained when ``checkpoint`` was written; ``ValueError`` as ``read_state``."""
+    settings = read_state(checkpoint)["settings"]
+    try:
+        return int(settings[phase]["train"]["steps"])
+    except (KeyError, TypeError, ValueError):
+        raise _damaged_state(checkpoint, f"settings.{phase}.train.steps is no number") from None
+
+
+def _damaged_state(checkpoint: Path, what: str) -> ValueError:
+    return ValueError(f"{checkpoint / 'state.json'}: is damaged ({what}); remove the folder of this checkpoint to use an earlier one")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamer.training.checkpoint import list_checkpoints, load_weights, read_json, read_tensors, save_checkpoint
+from dreamer.training.checkpoint import list_checkpoints, load_weights, read_state, read_tensors, save_checkpoint
 from dreamer.training.logging import RunLogger
 from dreamer.training.optim import (
     OptimConfig,
@@ -203,7 +203,7 @@ class Trainer:
         if not found:
             return
         step, path = found[-1]
-        state = read_json(path / "state.json")
+        state = read_state(path)
         check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
         tensors = read_tensors(path / "train_state.safetensors")
 

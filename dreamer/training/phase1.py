@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Int
+from pydantic import model_validator
 from torch import Tensor
 
 from dreamer.losses.shortcut_loss import ShortcutForcingConfig, ShortcutForcingLoss
@@ -17,6 +18,12 @@ from dreamer.types import Batch
 class Phase1Config(SequenceConfig):
     train: TrainConfig = TrainConfig()
     shortcut: ShortcutForcingConfig = ShortcutForcingConfig()
+
+    @model_validator(mode="after")
+    def _no_heads(self) -> Phase1Config:
+        if self.shortcut.heads_context_fraction is not None:
+            raise ValueError("shortcut.heads_context_fraction is for phase 2: no heads learn in phase 1; set phase2.shortcut instead")
+        return self
 
 
 def draw_no_history(batch_size: int, fraction: float, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dreamer.data.alignment import mtp_targets
@@ -28,7 +28,7 @@ class AgentLossConfig(Config):
 class RelevantConfig(Config):
     """Which episodes reach the task: behaviour cloning learns from these."""
 
-    fraction: float = Field(default=0.5, ge=0, le=1)  # of the rows of a batch
+    fraction: float = Field(default=0.5, gt=0, le=1)  # of the rows of a batch
     return_quantile: float = Field(default=0.5, ge=0, lt=1)  # relevant: episodes whose return is at or above this quantile
 
 
@@ -37,6 +37,15 @@ class Phase2Config(SequenceConfig):
     shortcut: ShortcutForcingConfig = ShortcutForcingConfig()
     loss: AgentLossConfig = AgentLossConfig()
     relevant: RelevantConfig = RelevantConfig()
+
+    @model_validator(mode="after")
+    def _policy_has_rows(self) -> Phase2Config:
+        if round(self.relevant.fraction * self.train.batch_size) == 0:
+            raise ValueError(
+                f"relevant.fraction is {self.relevant.fraction} of train.batch_size = {self.train.batch_size}: no row would teach the "
+                "policy; enlarge one of them"
+            )
+        return self
 
 
 def relevant_episodes(

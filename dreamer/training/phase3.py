@@ -93,7 +93,7 @@ class Phase3(Phase):
             values = agent.value.mean(states)
             returns = lambda_returns(trajectory.rewards, trajectory.continues, values, config.gamma, config.lambda_)
             advantages = returns - values[:, :-1]
-            running = torch.cat([torch.ones_like(trajectory.continues[:, :1]), trajectory.continues[:, :-1]], dim=1).cumprod(1)
+            running = torch.cat([(~trajectory.has_ended).float()[:, None], trajectory.continues[:, :-1]], dim=1).cumprod(1)
         acting = states[:, :-1]
         value_term = value_loss(agent.value(acting)[..., 0, :], returns, running, agent.config.heads.bin_range)
         policy = agent.policy.now(acting)

@@ -45,7 +45,6 @@ def test_a_window_in_the_middle_by_hand(make_latents):
     assert batch.prev_actions[0, :, 0, 0].tolist() == [1, 2, 3, 4]  # action 1 led into the window
     assert batch.prev_action_mask[0, :, 0].tolist() == [True] * 4
     assert batch.rewards[0].tolist() == [2, 3, 4, 5]
-    assert not batch.is_first.any()
     assert not batch.is_relevant.any()
     assert batch.task.tolist() == [1]
 
@@ -55,7 +54,6 @@ def test_the_first_and_the_last_window_by_hand(make_latents):
     assert batch.latents[:, :, 0, 0].tolist() == [[10, 11, 12, 13], [15, 16, 17, 18]]
     assert batch.prev_actions[0, :, 0, 0].tolist() == [0, 0, 1, 2]
     assert batch.prev_action_mask[:, :, 0].tolist() == [[False, True, True, True], [True] * 4]
-    assert batch.is_first.tolist() == [[True, False, False, False], [False] * 4]
     assert batch.action_mask[:, :, 0].tolist() == [[True] * 4, [True, True, True, False]]  # nothing is known at the last frame
     assert batch.terminals.tolist() == [[False] * 4, [False, False, False, True]]
     assert batch.is_relevant.tolist() == [True, False]
@@ -79,7 +77,6 @@ def test_windows_never_cross_episodes(make_latents):
         values = row.latents[0, :, 0, 0]
         assert values.diff().tolist() == [1, 1, 1, 1]
         assert values[0] // 10 == values[-1] // 10
-        assert row.is_first[0].tolist() == [values[0] % 10 == 0, False, False, False, False]
     with pytest.raises(IndexError):
         dataset[len(dataset)]
 

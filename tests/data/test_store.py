@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dreamer.data import EpisodeStore, EpisodeWriter, split_episodes
+from dreamer.data import EpisodeStore, EpisodeWriter, shards, split_episodes
 from dreamer.data.shards import Shard, shard_paths, write_shard
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
@@ -121,6 +121,28 @@ def test_two_writers_share_a_store(make_episode, space, tmp_path):
     assert [i["number"] for i in EpisodeStore(tmp_path / "s").infos] == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_writer_that_was_overtaken_takes_the_next_number(make_episode, space, tmp_path, monkeypatch):
+    """Both look which number is free, then both write: neither may replace the other's shard."""
+    one = EpisodeWriter(tmp_path / "s", space, frames_per_second=20.0)
+    two = EpisodeWriter(tmp_path / "s", space, frames_per_second=20.0)
+    one.add(make_episode(4, 0))
+    one.flush()
+    one.add(make_episode(4, 1))
+    two.add(make_episode(4, 2))
+    look = shards.shard_paths
+
+    def overtaken(path):
+        found = look(path)
+        monkeypatch.setattr(shards, "shard_paths", look)
+        two.flush()
+        return found
+
+    monkeypatch.setattr(shards, "shard_paths", overtaken)
+    one.flush()
+    assert [i["number"] for i in EpisodeStore(tmp_path / "s").infos] == [0, 2, 1]
+    assert not list((tmp_path / "s").glob(".*"))
+
+
 def test_what_was_added_before_an_exception_is_kept(make_episode, space, tmp_path):
     with pytest.raises(RuntimeError), EpisodeWriter(tmp_path / "s", space, frames_per_second=20.0) as writer:
         writer.add(make_episode(4))
@@ -161,8 +183,8 @@ from dreamer.data import EpisodeWriter, EpisodeStore, shards
 store = EpisodeStore(sys.argv[1])
 writer = EpisodeWriter(sys.argv[1], store.action_space, frames_per_second=20.0, shard_episodes=1)
 writer.add(store.episode(0))
-if sys.argv[2] == "before rename":
-    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[2] == "before it gets its name":
+    os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 else:  # in the middle of the bytes
     def partly(arrays, path, metadata):
         path.write_bytes(b"0" * 1000)
@@ -172,7 +194,7 @@ writer.add(store.episode(1))
 """
 
 
-@pytest.mark.parametrize("moment", ["before rename", "while writing"])
+@pytest.mark.parametrize("moment", ["before it gets its name", "while writing"])
 def test_a_killed_writer_loses_only_its_unfinished_shard(make_store, make_episode, space, moment):
     store = make_store([5, 9])
     process = subprocess.run([sys.executable, "-c", KILLED_WRITER, store.path, moment], capture_output=True, text=True)
@@ -324,6 +346,8 @@ def test_a_forged_header_is_refused(make_store):
     for change in ({"length": -5}, {"length": "5"}, {"num_bytes": 10**9}, {"info": []}, {"length": 6}):
         header = json.loads(json.dumps(shard.header))
         header["episodes"][0] |= change
-        write_shard(path, {k: v.copy() for k, v in shard.arrays.items()}, header)
+        arrays = {k: v.copy() for k, v in shard.arrays.items()}
+        path.unlink()
+        write_shard(path, arrays, header)
         with pytest.raises(ValueError, match=r"shard-000000\.safetensors: damaged"):
             EpisodeStore(store.path)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 
+from dreamer.envs import make_env, make_player
 from dreamer.envs.gym_env import GymEnv, resize
+from dreamer.evaluation.agent import PlayerPolicy, evaluate_policy
+from dreamer.training.record import record
 
 
 class Pictures(gymnasium.Env):
@@ -36,11 +41,27 @@ class Pictures(gymnasium.Env):
         return self._picture
 
 
+class OneBuffer(Pictures):
+    """Draws every frame into the same memory: all its pixels are the number of the step."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self._picture[:] = 0
+        return self._observed(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self._picture += 1
+        return self._observed(), 1.0, False, False, {}
+
+    def _observed(self) -> Any:
+        return self._picture if self._has_pixels else np.zeros(4, np.float32)
+
+
 @pytest.fixture(autouse=True)
-def _registered():
+def _registered() -> Iterator[None]:
     gymnasium.register("Pictures-v0", entry_point=Pictures)
+    gymnasium.register("OneBuffer-v0", entry_point=OneBuffer)
     yield
-    del gymnasium.registry["Pictures-v0"]
+    del gymnasium.registry["Pictures-v0"], gymnasium.registry["OneBuffer-v0"]
 
 
 def test_takes_the_observation_where_it_is_a_picture_else_the_rendering() -> None:
@@ -58,6 +79,17 @@ def test_length_limits_the_episode() -> None:
     env = GymEnv(id="Pictures-v0", size=8, length=3, kwargs={"shape": (8, 8, 3), "has_pixels": True})
     env.reset(seed=0)
     assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
+
+
+@pytest.mark.parametrize("has_pixels", [True, False])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8)])
+def test_frames_stay_when_the_environment_draws_the_next_one(tmp_path: Path, has_pixels: bool, shape: tuple[int, ...]) -> None:
+    options = {"size": 8, "length": 4, "kwargs": {"shape": shape, "has_pixels": has_pixels}}
+    episode = record("OneBuffer-v0", options, [("random", {}, 1.0)], tmp_path, 1, 0).episode(0)
+    assert [np.unique(frame).tolist() for frame in episode.frames] == [[0], [1], [2], [3], [4]]
+    policy = PlayerPolicy(lambda: make_player("random", "OneBuffer-v0"))
+    (video,) = evaluate_policy(lambda: make_env("OneBuffer-v0", **options), policy, num_episodes=1, seed=0, num_videos=1).videos
+    assert [np.unique(frame).tolist() for frame in video] == [[0], [1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 4, 5), "uint8"), ((4, 4, 3), "float32"), ((48,), "uint8")])

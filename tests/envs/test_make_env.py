@@ -55,6 +55,8 @@ def test_gym_kind_checks_its_id_too() -> None:
         ("crafter-chop", {"arena": (1, 1)}, "'crafter-chop': arena"),
         ("minigrid", {"id": "CartPole-v1"}, "'minigrid': id"),
         ("gym", {}, "'gym': id: Field required"),
+        ("CartPole-v1", {"kwargs": {"foo": 1}}, "'CartPole-v1': kwargs is {'foo': 1}; expected .*constructor: .*'foo'"),
+        ("CartPole-v1", {"kwargs": {"render_mode": "human"}}, "kwargs is .*; expected .*constructor: .*'render_mode'"),
     ],
 )
 def test_wrong_options_are_one_line(name: str, options: dict, message: str) -> None:

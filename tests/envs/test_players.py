@@ -166,6 +166,23 @@ def test_unknown_players_and_options_are_named() -> None:
         make_player("lazy", "crafter-chop", hesitation=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("noisy", {"epsilon": "a"}, "player 'noisy': epsilon: .* number.*; got 'a'"),
+        ("noisy", {"epsilon": [0.5]}, r"epsilon: .* number; got \[0.5\]"),
+        ("noisy", {"sticky": 1.5}, "sticky: .* integer.*; got 1.5"),
+        ("lazy", {"wander": None}, "player 'lazy': wander: .* number; got None"),
+        ("noisy", {"name": "x"}, "no option 'name'; expected one of epsilon, sticky"),
+        ("random", {"env_name": "x"}, "no option 'env_name'; expected one of none"),
+    ],
+)
+def test_options_of_another_type_are_one_line(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        make_player(name, "crafter-chop", **options)
+    assert "\n" not in str(caught.value)
+
+
 def test_scripted_players_refuse_other_environments() -> None:
     with pytest.raises(ValueError, match="made for crafter-chop; got DoorKeyEnv"):
         make_player("scripted", "crafter-chop").reset(make_env("minigrid"), 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer.evaluation.intervals import bootstrap_interval, mean_interval
+from dreamer.evaluation.intervals import bootstrap_interval, mean_interval, share_interval
 from dreamer.evaluation.strips import dream_strip, dream_video
 from dreamer.evaluation.video import (
     COPY_LAST_FRAME,
@@ -16,10 +16,7 @@ from dreamer.evaluation.video import (
     TRUE_ACTIONS,
     WorldModelResult,
     copy_last_frame,
-    derangement,
-    psnr_per_frame,
     score_open_loop,
-    shuffle_actions,
     ssim_per_frame,
 )
 
@@ -43,12 +40,6 @@ def db(mse):
     return 10 * math.log10(255**2 / mse)
 
 
-def test_psnr_of_each_frame_by_hand():
-    psnr = psnr_per_frame(grey(10, 10, 10), grey(10, 11, 30))
-    assert psnr.shape == (1, 3)
-    assert psnr[0].tolist() == pytest.approx([MAX_PSNR, db(1), db(400)], abs=1e-4)
-
-
 def test_ssim_is_one_for_equal_frames_and_falls_with_noise():
     frames = noise(2, 3, 3, 16, 16)
     assert ssim_per_frame(frames, frames) == pytest.approx(torch.ones(2, 3), abs=1e-6)
@@ -66,11 +57,11 @@ def test_ssim_of_flat_frames_by_hand():
 
 def test_frames_that_do_not_fit_are_refused(no_shape_checks):
     with pytest.raises(ValueError, match="same shape"):
-        psnr_per_frame(grey(1, 2), grey(1))
+        ssim_per_frame(grey(1, 2), grey(1))
     with pytest.raises(ValueError, match="at least 11"):
         ssim_per_frame(grey(1, size=8), grey(1, size=8))
     with pytest.raises(ValueError, match="not empty"):
-        psnr_per_frame(grey(1)[:, :0], grey(1)[:, :0])
+        ssim_per_frame(grey(1)[:, :0], grey(1)[:, :0])
 
 
 def test_headline_is_the_psnr_of_the_mean_error_not_the_mean_of_psnrs():
@@ -124,21 +115,11 @@ def test_copy_last_frame_repeats_the_last_one():
     assert all(torch.equal(copied[:, t], context[:, -1]) for t in range(5))
 
 
-@pytest.mark.parametrize("n", [2, 3, 17])
-def test_shuffled_actions_are_those_of_another_episode(n):
-    generator = torch.Generator().manual_seed(0)
-    orders = [tuple(derangement(n, generator).tolist()) for _ in range(50)]
-    for order in orders:
-        assert sorted(order) == list(range(n)) and all(i != j for i, j in enumerate(order))
-    assert n == 2 or len(set(orders)) > 1
-    actions = torch.arange(n, dtype=torch.float32).reshape(n, 1, 1, 1).expand(n, 5, 1, 2)
-    shuffled = shuffle_actions(actions, generator)
-    assert (shuffled != actions).all() and torch.equal(shuffled.sort(0).values, actions)
-
-
-def test_one_episode_cannot_trade_actions():
-    with pytest.raises(ValueError, match="at least 2"):
-        derangement(1, torch.Generator())
+def test_the_interval_of_a_share_by_hand():
+    none = share_interval(np.zeros(100, bool))  # Wilson: z^2 / (n + z^2) = 3.8415 / 103.8415
+    assert (none.value, none.low) == (0.0, 0.0) and none.high == pytest.approx(0.036994, abs=1e-5)
+    half = share_interval(np.arange(10) < 5)  # 1 / 2 -+ z sqrt(n / 4 + z^2 / 4) / (n + z^2) = 0.5 -+ 0.26341
+    assert (half.low, half.high) == (pytest.approx(0.23659, abs=1e-4), pytest.approx(0.76341, abs=1e-4))
 
 
 def test_mean_interval_covers_the_mean_of_normal_samples():

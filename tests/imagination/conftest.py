@@ -42,7 +42,6 @@ def _batch(batch: int = 2, time: int = 6, slots: int = 1) -> Batch:
         action_mask=torch.ones(batch, time, slots, dtype=torch.bool),
         rewards=torch.zeros(batch, time),
         terminals=torch.zeros(batch, time, dtype=torch.bool),
-        is_first=torch.zeros(batch, time, dtype=torch.bool),
         task=torch.zeros(batch, dtype=torch.long),
         has_rewards=torch.ones(batch, dtype=torch.bool),
         is_relevant=torch.zeros(batch, dtype=torch.bool),

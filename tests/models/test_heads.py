@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch import distributions as td
 from torch.nn import functional as F
@@ -126,6 +129,14 @@ def test_samples_and_modes_lie_in_the_action_space(space: ActionSpace) -> None:
     for actions in (d.sample(), d.mode()):
         assert actions.shape == (500, space.num_columns)
         assert actions.dtype == torch.float32
+        space.validate(actions.numpy(), "samples")
+
+
+@given(st.floats(-100, 100, width=32), st.floats(0.015625, 100, width=32), st.integers(0, 1000))
+def test_no_rounding_leads_out_of_the_bounds(low: float, span: float, seed: int) -> None:
+    space = ActionSpace((ActionComponent("action", "continuous", 3, low, float(np.float32(low + span))),))
+    d = ActionDistribution(space, 5 * torch.randn(20, 6, generator=torch.Generator().manual_seed(seed)))
+    for actions in (d.sample(), d.mode()):
         space.validate(actions.numpy(), "samples")
 
 

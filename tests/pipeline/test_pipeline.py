@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore
-from dreamer.pipeline import STAGES, Run, run_stage, stages
+from dreamer.envs.crafter_chop import ACTION_NAMES
+from dreamer.evaluation.agent import AgentResult
+from dreamer.models import Agent, CausalTokenizer
+from dreamer.pipeline import STAGES, Run, evaluate, run_stage, stages
+from dreamer.pipeline.collect import make_any_player
 from dreamer.pipeline.evaluate import RecordedMixture
 from dreamer.pipeline.run import write_json
+from dreamer.training.checkpoint import save_checkpoint
+from dreamer.training.models_io import agent_info, tokenizer_info
 from dreamer.training.settings import EnvConfig, RecordConfig
+from dreamer.types import ActionComponent, ActionSpace
 
 
 def config(run_dir: Path, **sections: object) -> DreamerConfig:
@@ -125,3 +134,84 @@ def test_seeds_differ_by_purpose_and_by_run(tmp_path: Path) -> None:
     seeds = [run.seed(purpose) for run in runs for purpose in ("phase1", "phase2", "validation")]
     assert len(set(seeds)) == 6 and all(0 <= seed < 2**31 for seed in seeds)
     assert runs[0].seed("phase1") == Run(config(tmp_path / "elsewhere")).seed("phase1")
+
+
+SMALL = {"width": 8, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "time_every": 1, "context_length": 8}
+MODELS: dict[str, Any] = {
+    "tokenizer": {"patch_size": 4, "token_grid": (2, 2), "latent_channels": 2, "encoder": SMALL, "decoder": SMALL},
+    "agent": {"dynamics": {"transformer": SMALL}, "heads": {"hidden": 8, "num_distances": 1, "num_bins": 11}},
+    "phase0": {"train": {"steps": 1}},
+    "phase3": {"imagination": {"rollout": {"context": 2}}},
+}
+
+
+def save_models(run_dir: Path, space: ActionSpace) -> dict[str, Path]:
+    """A tokenizer and an agent of phase 2 that acts in ``space``, as a run leaves them; the options of the player ``agent``."""
+    settings = config(run_dir, **MODELS)
+    tokenizer = CausalTokenizer(settings.tokenizer, (3, 8, 8))
+    agent = Agent(settings.agent, action_space=space, token_grid=(2, 2), latent_channels=2)
+    for name, model, info in (
+        ("tokenizer", tokenizer, tokenizer_info(tokenizer)),
+        ("phase2", agent, agent_info(agent, tokenizer_fingerprint=tokenizer.fingerprint(), phase="phase2")),
+    ):
+        state = {"settings": {name: {"train": {"steps": 1}}}, "seed": 0, "num_skipped": 0}
+        save_checkpoint(run_dir / name, 1, model_tensors=model.state_dict(), model_info=info, train_tensors={}, state=state)
+    return {"checkpoint": run_dir / "phase2", "tokenizer": run_dir / "tokenizer"}
+
+
+def test_an_agent_does_not_play_where_the_actions_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = save_models(tmp_path / "run", ActionSpace((ActionComponent("action", "categorical", 3),)))
+    said = r"phase2: the agent's actions are action \(categorical 3\), those of the environment 'crafter-chop' action \(categorical 6\)"
+    run = Run(config(tmp_path / "run", **MODELS))
+    monkeypatch.setattr(evaluate, "evaluate_policy", lambda *args, **options: pytest.fail("somebody played"))
+    with pytest.raises(ValueError, match=said):
+        run_stage(run, "evaluate agent")
+    players = [{"name": "random", "fraction": 0.5}, {"name": "agent", "options": options, "fraction": 0.5}]
+    again = Run(config(tmp_path / "again", record={"players": players}))
+    with pytest.raises(ValueError, match=said):
+        run_stage(again, "record")
+    assert not again.episodes_path.exists()
+
+
+def test_an_agent_plays_where_its_actions_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_models(tmp_path, ActionSpace((ActionComponent("action", "categorical", 6, labels=ACTION_NAMES),)))
+    played: list[str] = []
+    result = AgentResult("made up", (1.0,), (1,), (), (0,))
+    monkeypatch.setattr(evaluate, "evaluate_policy", lambda make_env, policy, **options: played.append(policy.name) or result)
+    assert run_stage(Run(config(tmp_path, **MODELS)), "evaluate agent")
+    assert played == ["random", "recorded players", "phase2-sampled", "phase2-argmax"]
+
+
+@pytest.mark.parametrize(
+    ("component", "said"),
+    [
+        (ActionComponent("action", "categorical", 3, labels=("left", "right", "forward")), None),
+        (ActionComponent("action", "categorical", 3), None),  # no labels: they may be the same
+        (
+            ActionComponent("action", "categorical", 3, labels=("left", "forward", "right")),
+            r"left, forward, right\).*left, right, forward\)",
+        ),
+        (ActionComponent("move", "categorical", 3), r"are move \(categorical 3\).*action \(categorical 3\)"),
+        (ActionComponent("action", "binary", 3), r"are action \(binary 3\)"),
+        (ActionComponent("action", "continuous", 3, -1.0, 2.0), r"are action \(continuous 3 from -1 to 2\)"),
+    ],
+)
+def test_which_actions_are_the_same(tmp_path: Path, component: ActionComponent, said: str | None) -> None:
+    env = EnvConfig(name="minigrid", options={"actions": ["left", "right", "forward"]})
+    options = save_models(tmp_path, ActionSpace((component,)))
+    if said is None:
+        assert make_any_player("agent", env, **options).name == "agent-phase2-sampled"
+    else:
+        with pytest.raises(ValueError, match=said):
+            make_any_player("agent", env, **options)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"settings": {}, "seed": 0, "num_skipped": 0}', '{"settings": {"phase2": 3}, "seed": 0}'])
+def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, text: str) -> None:
+    save_models(tmp_path, ActionSpace((ActionComponent("action", "categorical", 3),)))
+    run = Run(config(tmp_path))
+    assert run.has("phase2")
+    file = tmp_path / "phase2" / "checkpoints" / "step_00000001" / "state.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: is damaged .*; remove the folder of this checkpoint"):
+        run.has("phase2")

@@ -153,6 +153,47 @@ def test_unfinished_runs_are_refused(finished: Callable[..., Path], file: str, s
         collect_results(paths)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"result": {}, "rows": [{}], "stages": {}}', '{"result": 1, "rows": 1, "stages": 1}'])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("world_model.json", "remove it and run: dreamer evaluate world-model --config .*seed_1/config.yaml"),
+        ("agent.json", "remove it and run: dreamer evaluate agent --config .*seed_1/config.yaml"),
+        ("run.json", "restore it, or make the run again in another run_dir"),
+    ],
+)
+def test_damaged_results_are_named_with_the_remedy(finished: Callable[..., Path], name: str, remedy: str, text: str) -> None:
+    paths = [finished(0), finished(1)]
+    (paths[1] / "evaluation" / name).write_text(text)
+    with pytest.raises(ValueError, match=f"seed_1/evaluation/{name}: .*; {remedy}") as caught:
+        collect_results(paths)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "said"),
+    [
+        ("world_model.json", ("result", "psnr_gaps", COPY_LAST_FRAME, "value"), None, "result.psnr_gaps.copy last frame.value: .* number"),
+        ("world_model.json", ("result", "episode_sums", TRUE_ACTIONS, 0, 1), "x", "result.episode_sums.true actions.0.1: .* number"),
+        ("agent.json", ("rows", 0, "result", "returns", 1), {}, "rows.0.result.returns.1: .* number"),
+        ("run.json", ("hardware", "CPU"), 3, "hardware.CPU: .* string"),
+        ("run.json", ("revisions",), True, "revisions: .* list"),
+    ],
+)
+def test_a_wrong_value_in_results_is_named(
+    finished: Callable[..., Path], name: str, place: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    path = finished(0)
+    file = path / "evaluation" / name
+    data = node = json.loads(file.read_text())
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"evaluation/{name}: is damaged \({said}.*\); "):
+        collect_results([path])
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_refused(finished: Callable[..., Path]) -> None:
     paths = [finished(0), finished(1, changes={"phase1": {"sequence_length": 9}})]
     with pytest.raises(ValueError, match=r"seed_1: differs from .*seed_0 in phase1\.sequence_length"):

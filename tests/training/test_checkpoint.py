@@ -17,7 +17,9 @@ from dreamer.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_weights,
+    planned_steps,
     read_json,
+    read_state,
     read_tensors,
     save_checkpoint,
 )
@@ -93,6 +95,17 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, words: str) 
     with pytest.raises(ValueError, match=words) as caught:
         read_json(file) if name.endswith("json") else read_tensors(file)
     assert str(file) in str(caught.value)
+
+
+def test_the_state_says_how_long_a_phase_was_to_be_trained(tmp_path: Path) -> None:
+    tensors = {"w": torch.zeros(1)}
+    state = {"settings": {"phase1": {"train": {"steps": 9}}}, "seed": 3, "num_skipped": 0}
+    path = save_checkpoint(tmp_path, 5, model_tensors=tensors, model_info={}, train_tensors=tensors, state=state)
+    assert read_state(path) == state | {"step": 5} and planned_steps(path, "phase1") == 9
+    with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings\.phase2\.train\.steps is no number\); remove the folder"):
+        planned_steps(path, "phase2")
+    with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings is None\)"):
+        read_state(save(tmp_path, 6))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -229,3 +229,12 @@ def test_the_progress_bar_follows_every_step(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("sys.stderr", io.StringIO())
     train(tmp_path, config())
     assert steps == list(range(1, 14))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"settings": 3, "seed": 0, "num_skipped": 0}', '{"settings": {}, "seed": 0}', "[]", "{"])
+def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, text: str) -> None:
+    train(tmp_path, config())
+    file = list_checkpoints(tmp_path / "toy")[-1][1] / "state.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: .*; .*use an earlier"):
+        train(tmp_path, config())

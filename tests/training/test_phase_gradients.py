@@ -44,7 +44,6 @@ def batch(rows: int = 8, steps: int = 5, num_relevant: int = 0) -> Batch:
         action_mask=known,
         rewards=torch.randint(0, 2, (rows, steps), generator=g).float(),
         terminals=torch.rand(rows, steps, generator=g) < 0.2,
-        is_first=torch.zeros(rows, steps, dtype=torch.bool),
         task=torch.zeros(rows, dtype=torch.long),
         has_rewards=torch.ones(rows, dtype=torch.bool),
         is_relevant=torch.arange(rows) < num_relevant,
@@ -84,9 +83,12 @@ def test_phase_2_trains_all_but_the_value(agent: Agent) -> None:
 
 
 def test_phase_3_trains_policy_and_value_alone(agent: Agent) -> None:
-    tokenizer = tiny_tokenizer().requires_grad_(False)
+    tokenizer = tiny_tokenizer()  # not frozen: nothing but the rollout may keep the gradient away from it
+    pictures = torch.randint(0, 256, (8, 5, 3, 8, 8), dtype=torch.uint8, generator=generator())
+    latents = tokenizer.encode(pictures).flatten(2)[..., :8].unflatten(2, (2, 4))
+    assert latents.requires_grad
     phase = Phase3(agent, imagination())
-    loss, _ = phase(batch(), 0, generator())
+    loss, _ = phase(dataclasses.replace(batch(), latents=latents), 0, generator())
     loss.backward()
     tokenizer_grads = [p.grad for p in tokenizer.parameters()]
     assert all(g is None for g in tokenizer_grads)
@@ -123,6 +125,25 @@ def test_the_prior_stays_what_the_policy_was(agent: Agent) -> None:
         for p in agent.policy.parameters():
             p.add_(1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, phase.prior.parameters(), strict=True))
+
+
+def test_nothing_is_learned_after_an_end_that_was_recorded(agent: Agent) -> None:
+    """A context may end on an episode's last frame: what is dreamed behind it has no weight."""
+    phase, context = Phase3(agent, imagination()), imagination().rollout.context
+    made = batch()
+    terminals = torch.zeros_like(made.terminals)
+    going = phase.rollout(dataclasses.replace(made, terminals=terminals), generator())
+    ended = torch.arange(len(terminals)) < 3
+    terminals[:, context - 1] = ended
+    mixed = phase.rollout(dataclasses.replace(made, terminals=terminals), generator())
+    assert torch.equal(mixed.has_ended, ended) and torch.equal(mixed.features, going.features)
+
+    def with_rewards(rows: Tensor) -> Tensor:
+        return phase.score(dataclasses.replace(mixed, rewards=torch.where(rows[:, None], mixed.rewards + 1, mixed.rewards)))[0]
+
+    loss = phase.score(mixed)[0]
+    assert torch.equal(with_rewards(ended), loss)
+    assert not torch.allclose(with_rewards(~ended), loss)
 
 
 def test_a_rollout_serves_several_updates(agent: Agent) -> None:
@@ -234,7 +255,9 @@ def test_unknown_rewards_teach_nothing(agent: Agent) -> None:
         made = dataclasses.replace(made, has_rewards=rows < 6)
         changed = rows[:, None] == change_row
         made = dataclasses.replace(
-            made, rewards=torch.where(changed, 1 - made.rewards, made.rewards), terminals=torch.where(changed, ~made.terminals, made.terminals)
+            made,
+            rewards=torch.where(changed, 1 - made.rewards, made.rewards),
+            terminals=torch.where(changed, ~made.terminals, made.terminals),
         )
         phase = Phase2(agent, ShortcutForcingConfig(independent_fraction=0.0), AgentLossConfig()).eval()
         return {name: float(value) for name, value in phase(made, 0, generator())[1].items() if name in ("reward_loss", "continue_loss")}

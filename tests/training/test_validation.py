@@ -65,7 +65,6 @@ def batch() -> Batch:
         action_mask=known,
         rewards=torch.zeros(16, 3),
         terminals=none,
-        is_first=none,
         task=torch.zeros(16, dtype=torch.long),
         has_rewards=torch.ones(16, dtype=torch.bool),
         is_relevant=torch.zeros(16, dtype=torch.bool),

@@ -2,6 +2,12 @@
 
 from dreamer.models.agent import Agent, AgentConfig
 from dreamer.models.causal_tokenizer import CausalTokenizer, CausalTokenizerConfig
+from dreamer.models.cosmos_tokenizer_wrapper import (
+    CosmosTokenizerConfig,
+    CosmosTokenizerWrapper,
+    create_cosmos_tokenizer,
+    create_cosmos_tokenizer_from_config,
+)
 from dreamer.models.dynamics import Dynamics, DynamicsConfig, DynamicsOutput
 from dreamer.models.heads import ActionDistribution, ContinueHead, HeadConfig, PolicyHead, ScalarHead
 from dreamer.models.transformer import Transformer, TransformerConfig
@@ -13,6 +19,8 @@ __all__ = [
     "CausalTokenizer",
     "CausalTokenizerConfig",
     "ContinueHead",
+    "CosmosTokenizerConfig",
+    "CosmosTokenizerWrapper",
     "Dynamics",
     "DynamicsConfig",
     "DynamicsOutput",
@@ -21,4 +29,6 @@ __all__ = [
     "ScalarHead",
     "Transformer",
     "TransformerConfig",
+    "create_cosmos_tokenizer",
+    "create_cosmos_tokenizer_from_config",
 ]

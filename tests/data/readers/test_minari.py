@@ -76,7 +76,7 @@ def make_dataset(
     action_space: gym.Space | None = None,
     observation_space: gym.Space = IMAGE,
 ) -> Path:
-    """A dataset made by minari, one episode for each list of actions. Frame t has the brightness 40 t, the reward that leads to it is t, and
+    """A dataset made by minari, one episode for each list of actions. Frame t has the brightness 40 t, the reward to it is t, and
     an episode ends by itself with its fifth step."""
     minari = pytest.importorskip("minari", reason="the extra 'minari' is not installed")
     pytest.importorskip({"hdf5": "h5py", "arrow": "pyarrow"}[data_format], reason=f"minari's format {data_format} is not installed")

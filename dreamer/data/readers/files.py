@@ -11,7 +11,7 @@ import math
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def load_npz(file: Path, names: Collection[str] | None = None) -> dict[str, np.n
     return arrays
 
 
-def _read_header(stream: io.BufferedIOBase, num_bytes: int) -> tuple[int, ...]:
+def _read_header(stream: IO[bytes] | io.BufferedIOBase, num_bytes: int) -> tuple[int, ...]:
     """The shape that a .npy header promises, which the bytes behind it must be able to hold: else memory is asked for in vain."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(stream)

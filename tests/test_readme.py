@@ -255,16 +255,23 @@ def unsafe(source: str) -> list[str]:
             found += [n for n in names if n.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name in ("eval", "exec", "compile", "torch.load", "yaml.load", "yaml.unsafe_load", "torch.jit.load"):
+            if name in ("eval", "exec", "compile", "yaml.load", "yaml.unsafe_load", "torch.jit.load"):
+                found.append(name)
+            if name == "torch.load" and not any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords):
                 found.append(name)
             if name == "np.load" and not any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords):
                 found.append("np.load without allow_pickle=False")
     return found
 
 
+# An unpickler that knows tensors and containers alone; its error, and NVIDIA's TorchScript behind the flag trust_torchscript.
+KNOWN_UNSAFE = {"models/cosmos_torchscript.py": ["pickle"], "models/cosmos_weights.py": ["pickle", "torch.jit.load"]}
+
+
 def test_nothing_in_a_file_is_executed() -> None:
-    bad = {str(p): found for p in (ROOT / "dreamer").rglob("*.py") if (found := unsafe(p.read_text()))}
-    assert bad == {}
+    package = ROOT / "dreamer"
+    bad = {p.relative_to(package).as_posix(): found for p in package.rglob("*.py") if (found := unsafe(p.read_text()))}
+    assert bad == KNOWN_UNSAFE
     assert len(unsafe("import pickle\nfrom torch import load\ntorch.load(x)\nnp.load(x)\neval(y)\nmodel.eval()")) == 4
 
 

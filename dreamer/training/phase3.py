@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dreamer.imagination.rollout import ImaginationRollout, RolloutConfig
-from dreamer.losses import PMPOConfig, PMPOLoss, value_loss
+from dreamer.losses import LossNormalizer, PMPOConfig, PMPOLoss, value_loss
 from dreamer.models.agent import Agent
 from dreamer.ops.returns import lambda_returns
 from dreamer.training.loop import Phase, TrainConfig
@@ -60,6 +60,7 @@ class Phase3(Phase):
         self.prior = agent.prior()
         self.rollout = ImaginationRollout(agent, config.rollout)
         self.pmpo = PMPOLoss(config.pmpo)
+        self.normalizer = LossNormalizer(("value", "policy"))
         self.trajectory: Trajectory | None = None
         freeze_world_model(agent)
         agent.policy.requires_grad_(True)
@@ -107,4 +108,5 @@ class Phase3(Phase):
             "value": values.mean(),
             "entropy": policy.entropy().sum(-1).mean().detach(),
         }
-        return value_term + policy_term if with_policy else value_term, metrics
+        loss = self.normalizer("value", value_term)
+        return loss + self.normalizer("policy", policy_term) if with_policy else loss, metrics

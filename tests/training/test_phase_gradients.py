@@ -130,6 +130,7 @@ def test_the_prior_stays_what_the_policy_was(agent: Agent) -> None:
 def test_nothing_is_learned_after_an_end_that_was_recorded(agent: Agent) -> None:
     """A context may end on an episode's last frame: what is dreamed behind it has no weight."""
     phase, context = Phase3(agent, imagination()), imagination().rollout.context
+    phase.normalizer.eval()  # else each look at the loss moves its scale
     made = batch()
     terminals = torch.zeros_like(made.terminals)
     going = phase.rollout(dataclasses.replace(made, terminals=terminals), generator())
@@ -144,6 +145,14 @@ def test_nothing_is_learned_after_an_end_that_was_recorded(agent: Agent) -> None
     loss = phase.score(mixed)[0]
     assert torch.equal(with_rewards(ended), loss)
     assert not torch.allclose(with_rewards(~ended), loss)
+
+
+def test_value_and_policy_terms_of_phase_3_are_on_one_scale(agent: Agent) -> None:
+    """The first loss of a term is its own root mean square: what is left is its sign."""
+    phase = Phase3(agent, imagination())
+    loss, metrics = phase(batch(), 0, generator())
+    assert metrics["value_loss"] > 0 and metrics["policy_loss"] != 0
+    torch.testing.assert_close(loss.detach(), 1 + metrics["policy_loss"].sign())
 
 
 def test_a_rollout_serves_several_updates(agent: Agent) -> None:

@@ -131,19 +131,20 @@ class Run:
             raise ValueError(f"{self.evaluation_path / 'run.json'}: knows no time for {stage}; run it first, or set bc_long.extra_steps")
         return float(stages[stage]["seconds"])
 
-    def add_spent(self, stage: str, seconds: float) -> None:
-        """Add to a stage's time. Memory is the peak of the process so far."""
-        spent = self.spent()
-        before = spent["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
+    def write_spent(self, earlier: dict[str, Any], stage: str, seconds: float) -> None:
+        """Add a stage's time to what was ``spent()`` earlier. Memory is the peak of the process so far. A report does not change who made
+        the rest, and with what."""
+        before = earlier["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
         now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": max(before["peak_memory_mb"], peak_memory_mb())}
+        made = {"command": self.command, "hardware": hardware(self.device), "versions": versions()}
+        if stage == "report":
+            made |= {key: earlier[key] for key in made if key in earlier}
         write_json(
             self.evaluation_path / "run.json",
             {
-                "command": self.command,
-                "hardware": hardware(self.device),
-                "versions": versions(),
-                "revisions": list(dict.fromkeys([*spent.get("revisions", []), git_revision()])),  # all that had a part in it
-                "stages": spent["stages"] | {stage: now},
+                **made,
+                "revisions": list(dict.fromkeys([*earlier.get("revisions", []), git_revision()])),  # all that had a part in it
+                "stages": earlier["stages"] | {stage: now},
             },
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.train import train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
 
+BEAT = 20.0  # seconds between two notes of the time that a stage has taken so far
 START = "start"  # of Python and PyTorch: no stage, but time that people wait
 
 # phase 3 before the baseline that must train for as long
@@ -29,15 +31,27 @@ STAGES: dict[str, Callable[[Run], bool]] = {
 
 
 def run_stage(run: Run, name: str) -> bool:
-    """Run one stage and note its time, also if it is interrupted. Returns whether there was anything left to do."""
-    began = time.monotonic()
+    """Run one stage and note its time, also if it is interrupted; if it fails or is killed, of all but the last ``BEAT`` seconds.
+    Returns whether there was anything left to do."""
+    began, earlier, ended, did_work = time.monotonic(), run.spent(), threading.Event(), False
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            run.write_spent(earlier, name, time.monotonic() - began)
+
+    clock = threading.Thread(target=beat, name=f"clock of {name}", daemon=True)
+    clock.start()
     try:
         did_work = STAGES[name](run)
     except KeyboardInterrupt:
-        run.add_spent(name, time.monotonic() - began)
+        did_work = True
         raise
-    if did_work:
-        run.add_spent(name, time.monotonic() - began)
+    finally:
+        ended.set()
+        clock.join()
+        seconds = time.monotonic() - began
+        if did_work or seconds > BEAT:
+            run.write_spent(earlier, name, seconds)
     return did_work
 
 
@@ -57,7 +71,7 @@ def run_all(run: Run, say: Callable[[str], None], began: float | None = None) ->
         say(f"[{number}/{len(STAGES)}] {name}")
         did_work = run_stage(run, name)
         if did_work and start_up and name != "report":  # a report is made every time
-            run.add_spent(START, start_up)
+            run.write_spent(run.spent(), START, start_up)
             start_up = 0.0
         took = f"{time.monotonic() - began:.1f} s"
         say(f"[{number}/{len(STAGES)}] {name}: {took if did_work else 'already done'}")

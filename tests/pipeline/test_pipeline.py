@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,36 @@ def test_time_is_added_up_over_calls_and_kept_for_interrupted_ones(tmp_path: Pat
     spent = json.loads((run.evaluation_path / "run.json").read_text())
     assert spent["stages"]["record"]["seconds"] == 20.0 == run.seconds("record")
     assert spent["command"] == "dreamer x" and spent["hardware"]["PyTorch"]
+
+
+def test_the_time_of_a_failed_or_killed_stage_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the time itself, a thread notes how far it has come: what SIGKILL leaves behind."""
+    monkeypatch.setattr(stages, "BEAT", 0.01)
+    run, path = Run(config(tmp_path / "run"), "dreamer x"), tmp_path / "run" / "evaluation" / "run.json"
+
+    def works_and_fails(run: Run) -> bool:
+        deadline = time.monotonic() + 10
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert 0 < run.seconds("record") < 10  # killed now, this would stay
+        raise ValueError("bad")
+
+    monkeypatch.setitem(STAGES, "record", works_and_fails)
+    with pytest.raises(ValueError, match="bad"):
+        run_stage(run, "record")
+    first = run.seconds("record")
+    monkeypatch.setattr(stages, "BEAT", 10.0)
+    monkeypatch.setitem(STAGES, "record", lambda run: True)
+    run_stage(run, "record")
+    assert first < run.seconds("record") < first + 1
+
+
+def test_a_report_does_not_change_who_made_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in (("record", "dreamer record"), ("report", "dreamer report")):
+        monkeypatch.setitem(STAGES, name, lambda run: True)
+        run_stage(Run(config(tmp_path / "run"), command), name)
+    spent = Run(config(tmp_path / "run")).spent()
+    assert spent["command"] == "dreamer record" and set(spent["stages"]) == {"record", "report"}
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(6.0, 300), (90.0, 900)])

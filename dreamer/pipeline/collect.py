@@ -55,6 +55,25 @@ def record_episodes(run: Run) -> bool:
     return _count(run.episodes_path) > before
 
 
+def check_lengths(run: Run) -> None:
+    """``ValueError`` that names the first setting whose windows are longer than every episode that they are to be drawn from."""
+    config, store = run.config, run.episodes()
+    train, held_out = (int(store.lengths[ids].max(initial=0)) for ids in run.split(len(store)))
+    windows: dict[str, tuple[int, int]] = {"phase0.num_frames": (config.phase0.num_frames, train)}
+    for name, phase in {"phase1": config.phase1, "phase2": config.phase2}.items():
+        windows[f"{name}.sequence_length"] = phase.sequence_length, min(train, held_out)
+        windows[f"{name}.long_sequence_length"] = phase.long_sequence_length or 1, train
+    windows["phase3.imagination.rollout.context"] = config.phase3.imagination.rollout.context, min(train, held_out)
+    world_model = config.evaluation.world_model
+    windows["evaluation.world_model.context + horizon"] = world_model.context + world_model.horizon, held_out
+    for key, (steps, longest) in windows.items():
+        if steps > longest:
+            raise ValueError(
+                f"{key} is {steps}; the longest episode to draw from in {store.path} has {longest} frames: "
+                "set a smaller one, or record longer episodes"
+            )
+
+
 def make_any_player(name: str, env: EnvConfig, /, **options: Any) -> Player:
     """The players of ``dreamer.envs``, and ``agent``: a trained one, by ``checkpoint`` and ``tokenizer`` (folders) and ``mode``."""
     if name != "agent":

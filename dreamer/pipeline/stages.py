@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from dreamer.pipeline.collect import pretokenize_latents, record_episodes
+from dreamer.pipeline.collect import check_lengths, pretokenize_latents, record_episodes
 from dreamer.pipeline.evaluate import evaluate_agent, evaluate_world_model
 from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
@@ -73,5 +73,7 @@ def run_all(run: Run, say: Callable[[str], None], began: float | None = None) ->
         if did_work and start_up and name != "report":  # a report is made every time
             run.write_spent(run.spent(), START, start_up)
             start_up = 0.0
+        if name == "record":
+            check_lengths(run)
         took = f"{time.monotonic() - began:.1f} s"
         say(f"[{number}/{len(STAGES)}] {name}: {took if did_work else 'already done'}")

@@ -111,9 +111,14 @@ def train_phase2(run: Run) -> bool:
 
 
 def train_bc_long(run: Run) -> bool:
-    """The baseline of phase 3: phase 2 again, from phase 2's averaged weights, for at least as many steps and as long as phase 3."""
-    config = run.config.phase2
-    train = config.train.model_copy(update={"steps": _extra_steps(run)})
+    """The baseline of phase 3: phase 2 goes on from its averaged weights, for at least as many steps and as long as phase 3.
+
+    At phase 2's full learning rates it would first undo what their fall has brought: it begins at a share of them, and they fall again.
+    """
+    config, scale = run.config.phase2, run.config.bc_long.learning_rate_scale
+    optim = config.train.optim
+    rates = {"learning_rate": optim.learning_rate * scale, "muon_learning_rate": optim.muon_learning_rate * scale, "decay_fraction": 1.0}
+    train = config.train.model_copy(update={"steps": _extra_steps(run), "optim": optim.model_copy(update=rates)})
     return _train_phase2(run, "bc_long", "phase2", config.train.steps, config.model_copy(update={"train": train}))
 
 

@@ -44,6 +44,7 @@ class LongCloningConfig(Config):
     """The baseline that imagination must beat: phase 2 goes on for as long as phase 3 takes."""
 
     extra_steps: int | None = Field(default=None, ge=1)  # null: phase 3's steps, or more if these take less time than phase 3 took
+    learning_rate_scale: float = Field(default=0.3, gt=0, le=1)  # of phase 2's rates at its start; they fall to the end of the baseline
 
 
 class AgentEvaluationConfig(Config):

@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import DreamerConfig
+from dreamer.cli import PRESETS
+from dreamer.config import DreamerConfig, load_config
 from dreamer.data import EpisodeStore
 from dreamer.envs.crafter_chop import ACTION_NAMES
 from dreamer.evaluation.agent import AgentResult
 from dreamer.models import Agent, CausalTokenizer
-from dreamer.pipeline import STAGES, Run, evaluate, run_stage, stages
+from dreamer.pipeline import STAGES, Run, evaluate, run_all, run_stage, stages
 from dreamer.pipeline.collect import make_any_player
 from dreamer.pipeline.evaluate import RecordedMixture
 from dreamer.pipeline.run import write_json
 from dreamer.training.checkpoint import save_checkpoint
 from dreamer.training.models_io import agent_info, tokenizer_info
+from dreamer.training.phase2 import Phase2Config
 from dreamer.training.settings import EnvConfig, RecordConfig
 from dreamer.types import ActionComponent, ActionSpace
 
@@ -246,3 +248,23 @@ def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, text: str) -> 
     file.write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: is damaged .*; remove the folder of this checkpoint"):
         run.has("phase2")
+
+
+def test_windows_that_fit_no_episode_are_refused_right_after_recording(tmp_path: Path) -> None:
+    """Not after the hours that the stages before theirs take."""
+    smoke = load_config(DreamerConfig, PRESETS / "smoke.yaml", [f"run_dir={tmp_path / 'run'}", "phase2.long_sequence_length=40"])
+    with pytest.raises(ValueError, match=r"phase2\.long_sequence_length is 40; the longest episode .* has 21 frames"):
+        run_all(Run(smoke), lambda text: None)
+    assert not (tmp_path / "run" / "tokenizer").exists()
+
+
+def test_the_long_baseline_begins_at_a_share_of_the_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamer.pipeline import train
+
+    seen: list[Phase2Config] = []
+    monkeypatch.setattr(train, "_train_phase2", lambda run, name, start, steps, config: seen.append(config))
+    made = config(tmp_path, bc_long={"extra_steps": 7, "learning_rate_scale": 0.25})
+    train.train_bc_long(Run(made))
+    optim, own = made.phase2.train.optim, seen[0].train.optim
+    assert (own.learning_rate, own.muon_learning_rate) == (optim.learning_rate / 4, optim.muon_learning_rate / 4)
+    assert own.decay_fraction == 1 and seen[0].train.steps == 7

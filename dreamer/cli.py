@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import dreamer
 
 PRESETS = Path(__file__).parent / "presets"
+MINECRAFT = Path(__file__).parents[1] / "configs" / "minerl_cosmos.yaml"  # settings of pretokenize --data-path, where none are given
 PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
 
 
@@ -91,7 +92,7 @@ def _parser() -> Parser:
     parts = train.add_subparsers(metavar="part", required=True)
     for phase in PHASES:
         add(phase, _stage(phase), f"Train {phase}.", parts)
-    add("pretokenize", _stage("pretokenize"), "Encode all episodes with the trained tokenizer.")
+    _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
     what = evaluate.add_subparsers(metavar="what", required=True)
     add("world-model", _stage("evaluate world-model"), "Open-loop dreams of held-out episodes against the truth.", what)
@@ -119,6 +120,25 @@ def _parser() -> Parser:
     return parser
 
 
+def _add_pretokenize(own: Parser) -> None:
+    """What ``dreamer pretokenize`` takes for recordings, beside settings. Defaults that are not false are those of ``pretokenize_path``."""
+    free = own.add_argument_group("recordings, without a run")
+    free.add_argument("--data-path", type=Path, metavar="DIR", help="recordings, or an episode store")
+    free.add_argument("--output-path", type=Path, metavar="DIR", help="folder of the latent store; made, or gone on with")
+    free.add_argument("--max-episodes", type=int, metavar="N", help="only the first N (default: all)")
+    free.add_argument("--reader", help="format of the recordings (default: guessed by the names of the files)")
+    free.add_argument("--option", action="append", dest="options", metavar="KEY=VALUE", help="of the reader; may be given several times")
+    free.add_argument("--tokenizer", type=Path, metavar="DIR", help="a trained one (default: cosmos_tokenizer of the settings)")
+    free.add_argument("--shard", metavar="I/N", help="do part I of N, counted from 0 (default: RANK and WORLD_SIZE of torchrun, if set)")
+    free.add_argument("--strict", action="store_true", help="stop at the first recording that cannot be read")
+    free.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: device of the settings")
+    free.add_argument("--actions", choices=("all", "linspace"), help="of the frames of a latent step, or one a step (default: all)")
+    free.add_argument("--dtype", choices=("float32", "float16"), help="of the latents (default: float16)")
+    free.add_argument("--batch-frames", type=int, metavar="N", help="of an episode, encoded at once (default: 121)")
+    free.add_argument("--batch-episodes", type=int, metavar="N", help="encoded side by side (default: 1)")
+    free.add_argument("--shard-episodes", type=int, metavar="N", help="in one file, lost if it is cut off unfinished (default: 8)")
+
+
 def presets() -> list[str]:
     """Names of the settings that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -144,6 +164,38 @@ def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
         return 0
 
     return verb
+
+
+def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
+    names = ("max_episodes", "reader", "options", "strict", "actions", "dtype", "batch_frames", "batch_episodes", "shard_episodes")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None and value is not False}
+    if arguments.data_path is None or arguments.output_path is None:
+        others = [name for name in ("data_path", "output_path", "tokenizer", "shard", "device") if getattr(arguments, name)]
+        if others := [*others, *given]:
+            told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise ValueError(f"got {told} without both --data-path and --output-path; without any of these, a run's episodes are encoded")
+        return _stage("pretokenize")(arguments, command)
+    from dreamer.config import parse_options
+    from dreamer.pipeline.pretokenize import open_tokenizer, own_device, own_share, pretokenize_path
+    from dreamer.training.models_io import load_tokenizer
+
+    given |= {"shard": own_share(arguments.shard), "options": parse_options(arguments.options or ())}
+    if arguments.tokenizer is not None:
+        if arguments.config or arguments.preset or arguments.overrides:
+            raise ValueError("--tokenizer and settings are both given; expected one of them: settings say which other tokenizer to take")
+        tokenizer = load_tokenizer(arguments.tokenizer, own_device(arguments.device or "auto"))
+    else:
+        if not arguments.preset:
+            arguments.config = arguments.config or MINECRAFT
+        config = _load(arguments)
+        tokenizer = open_tokenizer(config, own_device(arguments.device or config.device))
+    store = pretokenize_path(arguments.data_path, arguments.output_path, tokenizer, **given)
+    print(f"{store.path}: {len(store)} episodes with {store.lengths.sum()} latent steps, {len(store.quarantine)} recordings left out")
+    if store.quarantine:
+        print(f"why: see {store.path / 'quarantine.json'}")
+    if not store.is_complete:
+        print(f"{len(store.finished)} of {store.num_groups} groups of episodes are there; the other processes make the rest")
+    return 0
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> int:

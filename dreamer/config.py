@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from dreamer.envs import env_kind, make_player
 from dreamer.evaluation.media import write_atomic
-from dreamer.models import AgentConfig, CausalTokenizerConfig
+from dreamer.models import AgentConfig, CausalTokenizerConfig, CosmosTokenizerConfig
 from dreamer.training.phase0 import Phase0Config
 from dreamer.training.phase1 import Phase1Config
 from dreamer.training.phase2 import Phase2Config
@@ -56,6 +56,7 @@ class DreamerConfig(Config):
     record: RecordConfig = RecordConfig()
     data: DataConfig = DataConfig()
     tokenizer: CausalTokenizerConfig = CausalTokenizerConfig()
+    cosmos_tokenizer: CosmosTokenizerConfig = CosmosTokenizerConfig()
     agent: AgentConfig = AgentConfig()
     phase0: Phase0Config = Phase0Config()
     phase1: Phase1Config = Phase1Config()

@@ -9,6 +9,7 @@ from dreamer.data.alignment import (
     episode_from_transitions,
     episode_without_actions,
     episode_without_rewards,
+    linspace_actions,
     mtp_targets,
     num_latent_steps,
     shift_actions,
@@ -24,12 +25,14 @@ from dreamer.data.pretokenized_dataset import (
     frame_batches,
 )
 from dreamer.data.readers import READERS, guess_reader, make_reader
+from dreamer.data.sources import EpisodeSource, Recordings
 from dreamer.data.store import EpisodeStore, EpisodeWriter, LatentStore, LatentWriter, split_episodes
 from dreamer.data.windows import WindowSampler
 
 __all__ = [
     "READERS",
     "ActionCodec",
+    "EpisodeSource",
     "EpisodeStore",
     "EpisodeWriter",
     "ImportReport",
@@ -38,6 +41,7 @@ __all__ = [
     "Prefetcher",
     "PretokenizedDataset",
     "PretokenizedLoader",
+    "Recordings",
     "WindowSampler",
     "action_space_from_gym",
     "batches",
@@ -54,6 +58,7 @@ __all__ = [
     "frame_batches",
     "guess_reader",
     "import_recordings",
+    "linspace_actions",
     "make_reader",
     "mtp_targets",
     "num_latent_steps",

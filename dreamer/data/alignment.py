@@ -133,6 +133,18 @@ def chunk_actions(
     return chunks.reshape(steps, stride, -1), known.reshape(steps, stride)
 
 
+def linspace_actions(
+    actions: Float[np.ndarray, "F A"], mask: Bool[np.ndarray, " F"], stride: int
+) -> tuple[Float[np.ndarray, "T 1 A"], Bool[np.ndarray, "T 1"]]:
+    """One action a latent step, spread evenly over the frames and rounded down: ``linspace(0, F - 1, T)``. The others are lost.
+
+    Where P divides F - 1 these are the actions at frames 0, P, 2P, ..., the first of each of ``chunk_actions``; elsewhere actions taken up
+    to P - 1 frames earlier (F = 32 and P = 8: frames 0 7 15 23 31).
+    """
+    index = torch.linspace(0, len(actions) - 1, num_latent_steps(len(actions), stride)).long().numpy()
+    return actions[index][:, None].astype(np.float32), mask[index][:, None]
+
+
 def chunk_rewards(rewards: Float[np.ndarray, " F"], stride: int) -> Float[np.ndarray, " T"]:
     """Each latent step's reward is the sum over its frames."""
     return np.add.reduceat(rewards, _first_frames(len(rewards), stride)).astype(np.float32)

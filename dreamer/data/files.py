@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ def atomic_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
 
     ``is_new``: raises ``FileExistsError``, and changes nothing, if another process has made ``path`` in the meantime.
     """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other machines may write here too, with the same process ids
     try:
         yield tmp
         fsync_path(tmp)

@@ -46,8 +46,7 @@ def import_recordings(
     recordings = reader.find(root)[:max_episodes]
     known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
     num_episodes = num_frames = num_known = 0
-    given = {name: value.to_json() if isinstance(value, ActionSpace) else value for name, value in options.items()}
-    extra = {"reader": reader_name} | ({"options": given} if given else {})
+    extra = reader_facts(reader_name, options)
     with EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra) as writer:
         for done, recording in enumerate(recordings, 1):
             source = recording_name(recording, root)
@@ -60,6 +59,12 @@ def import_recordings(
             if progress:
                 progress(done, len(recordings))
     return ImportReport(out, num_episodes, num_frames, num_known, skipped_by(reader))
+
+
+def reader_facts(reader_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The reader and its options as JSON values, kept with what was read."""
+    given = {name: value.to_json() if isinstance(value, ActionSpace) else value for name, value in options.items()}
+    return {"reader": reader_name} | ({"options": given} if given else {})
 
 
 def recording_name(recording: Path, root: Path) -> str:

@@ -1,123 +1,265 @@
-"""Episodes to latents, once, before training."""
+"""Episodes to latents, once, before training.
+
+A group of episodes becomes one shard, whose bytes depend on these episodes and on the tokenizer alone (``dreamer/data/groups.py``).
+So it does not matter which process makes a shard, nor how often the work was cut off: what is finished is skipped, the rest is made.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 
-from dreamer.data.alignment import chunk_actions, chunk_rewards, chunk_terminals, num_latent_steps
+from dreamer.data.alignment import chunk_actions, chunk_rewards, chunk_terminals, linspace_actions, num_latent_steps
+from dreamer.data.files import atomic_file
+from dreamer.data.groups import Groups, Source, plan_groups
 from dreamer.data.prefetch import Prefetcher
 from dreamer.data.shards import STORE_FILE
-from dreamer.data.store import EpisodeStore, LatentStore, LatentWriter
-from dreamer.types import Tokenizer
+from dreamer.data.sources import EpisodeSource
+from dreamer.data.store import LatentStore, LatentWriter
+from dreamer.types import Episode, Tokenizer
 
-Segment = tuple[UInt8[np.ndarray, "F C H W"], int]  # frames, and how many leading latent steps to drop
+CHOOSE_ACTIONS = {"all": chunk_actions, "linspace": linspace_actions}
+QUARANTINE_FILE = "quarantine.json"
+Actions = Literal["all", "linspace"]
 
 
 def pretokenize(
-    store: EpisodeStore,
+    source: EpisodeSource,
     tokenizer: Tokenizer,
     path: Path | str,
     *,
+    shard: tuple[int, int] = (0, 1),
+    strict: bool = False,
+    actions: Actions = "all",
     batch_frames: int = 256,
-    overlap_steps: int = 0,
+    batch_episodes: int = 1,
     device: torch.device | str = "cpu",
     dtype: Literal["float32", "float16"] = "float32",
     shard_episodes: int = 32,
     max_episodes: int | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
-    """Encode every episode and write a ``LatentStore``. Run again after an interruption (or after more episodes were recorded)
-    to go on after the last finished shard; the result is the same as without the interruption, byte for byte.
+    """Encode the episodes of an ``EpisodeStore`` or of ``Recordings`` and write a ``LatentStore``.
 
-    batch_frames: at most this many frames are encoded at once; longer episodes go in segments. overlap_steps: latent steps that
-    a segment repeats from the one before and drops again, so that a tokenizer with a memory knows the past (with temporal
-    stride P > 1 at least one, as a first step stands for a single frame). progress(done, total) is called after each episode.
+    Run again after an interruption, or after episodes were added: finished groups of ``shard_episodes`` are skipped, the last one is made
+    again if it has grown. The result is the same as without the interruption, byte for byte. shard: (i, n) makes every n-th group from the
+    i-th on; n processes with i = 0 .. n - 1 and the same folder share the work, and the last one completes the store.
 
-    Raises ``ValueError`` if the latents there were made by another tokenizer or from other episodes, or if the tokenizer's output
-    has another shape than it promises.
+    What cannot be read is left out and listed in quarantine.json; strict: it is an error. actions: "all" of a latent step's frames, or one
+    a step as ``linspace_actions`` chooses it. batch_frames: at most this many frames of an episode are encoded at once; a tokenizer that
+    streams takes longer ones piece by piece, another one whole. batch_episodes: how many are encoded side by side, the shorter ones
+    filled up. about: JSON values to keep with the latents. progress(done, total) is called after each episode.
+
+    Raises ``ValueError`` if nothing can be read, if the latents there were made by another tokenizer, with other settings or from other
+    episodes, and if the tokenizer's output has another shape than it promises.
     """
-    path, stride = Path(path), tokenizer.temporal_stride
-    overlap = max(overlap_steps, 1 if stride > 1 else 0)
-    _check(store, tokenizer, batch_frames, overlap)
-    total = len(store) if max_episodes is None else min(max_episodes, len(store))
-    done = _resume(path, store, tokenizer)
-    writer = LatentWriter(
+    path, (rank, world), sources = Path(path), shard, list(source.sources)
+    _check_numbers(tokenizer, rank, world, batch_frames, batch_episodes, shard_episodes, max_episodes)
+    found = _open_found(path, tokenizer)
+    used = {"actions": actions, "batch_frames": batch_frames, "batch_episodes": batch_episodes}
+    extra = {"frames_per_second": source.fps, "source": source.extra, "pretokenize": used, **(about or {})}
+    writer = _open_writer(path, source, tokenizer, actions, dtype, extra)
+    if found is None or not len(found):  # before anything is written
+        _require_readable(source, sources[:max_episodes], tokenizer)
+    groups = plan_groups(path, sources, source.path, shard_episodes=shard_episodes, max_episodes=max_episodes)
+    own, finished = range(rank, len(groups), world), _finished(found, groups, strict)
+    todo = [number for number in own if number not in finished]
+    total = sum(len(groups[number]) for number in own)
+    done = itertools.count(total - sum(len(groups[number]) for number in todo) + 1)
+    places = {name: place for place, (name, _) in enumerate(sources)}
+    reads = (_read(source, places[name], name, tokenizer, strict) for number in todo for name, _ in groups[number])
+    encoder = _Encoder(tokenizer, writer, actions, batch_frames, batch_episodes, device)
+    with writer, Prefetcher(reads, max(2, batch_episodes)) as decoded:  # decodes ahead while the tokenizer works
+        for number in todo:
+            quarantine = []
+            for (name, _), read in zip(groups[number], decoded, strict=False):  # those of this group
+                if isinstance(read, Episode):
+                    encoder.add(name, read)
+                else:
+                    quarantine.append({"name": name, "reason": read})
+                if progress:
+                    progress(next(done), total)
+            encoder.flush()
+            writer.write_group(number, groups.fingerprint(number), quarantine)
+    return _write_quarantine(path)
+
+
+def _check_numbers(
+    tokenizer: Tokenizer, rank: int, world: int, batch_frames: int, batch_episodes: int, shard_episodes: int, max_episodes: int | None
+) -> None:
+    stride = tokenizer.temporal_stride
+    if not 0 <= rank < world:
+        raise ValueError(f"shard is {rank} of {world}; expected i of n with 0 <= i < n")
+    if batch_frames < stride or batch_episodes < 1 or shard_episodes < 1 or (max_episodes is not None and max_episodes < 1):
+        raise ValueError(
+            f"batch_frames {batch_frames}, batch_episodes {batch_episodes}, shard_episodes {shard_episodes}, max_episodes {max_episodes}; "
+            f"expected at least 1 of each, and of batch_frames at least the temporal stride {stride}"
+        )
+    if batch_episodes > 1 and not tokenizer.can_stream:
+        raise ValueError(
+            f"batch_episodes is {batch_episodes}; a tokenizer that cannot stream may look ahead, so it takes one episode at a time"
+        )
+
+
+def _open_found(path: Path, tokenizer: Tokenizer) -> LatentStore | None:
+    """What an earlier call has finished. Raises ``ValueError`` if that was done with another tokenizer."""
+    if not (path / STORE_FILE).exists():
+        return None
+    found = LatentStore(path, allow_partial=True)
+    found.check_tokenizer(tokenizer.fingerprint())
+    return found
+
+
+def _open_writer(
+    path: Path, source: EpisodeSource, tokenizer: Tokenizer, actions: Actions, dtype: Literal["float32", "float16"], extra: dict[str, Any]
+) -> LatentWriter:
+    """A writer for the latents. Raises ``ValueError`` if those there were made with other settings."""
+    stride = tokenizer.temporal_stride
+    return LatentWriter(
         path,
-        action_space=store.action_space,
+        action_space=source.action_space,
         tokenizer_fingerprint=tokenizer.fingerprint(),
         token_grid=tokenizer.token_grid,
         latent_channels=tokenizer.latent_channels,
         temporal_stride=stride,
-        source_fingerprint="",
+        actions_per_step=1 if actions == "linspace" else stride,
+        source_fingerprint="",  # each group has its own
         dtype=dtype,
-        shard_episodes=shard_episodes,
-        extra={"frames_per_second": store.fps, "source": store.extra, "batch_frames": batch_frames, "overlap_steps": overlap},
+        shard_episodes=None,
+        extra=extra,
     )
 
-    segments = (s for episode in range(done, total) for s in _segments(store, episode, batch_frames, overlap, stride))
-    with writer, Prefetcher(segments, 4) as decoded:  # decodes ahead while the tokenizer works
-        for episode in range(done, total):
-            rows = store.arrays(episode)
-            parts, steps = [], num_latent_steps(int(store.lengths[episode]), stride)
-            while sum(map(len, parts)) < steps:
-                frames, drop = next(decoded)
-                parts.append(_encode(tokenizer, frames, device)[drop:])
-            writer.source_fingerprint = store.fingerprint(episode + 1)
-            writer.add(
-                np.concatenate(parts),
-                *chunk_actions(rows["actions"], rows["action_mask"], stride),
-                chunk_rewards(rows["rewards"], stride),
-                chunk_terminals(rows["terminals"], stride),
-                int(store.tasks[episode]),
-                bool(store.has_rewards[episode]),
-            )
-            if progress:
-                progress(episode + 1, total)
-    return LatentStore(path)
+
+def _require_readable(source: EpisodeSource, sources: list[Source], tokenizer: Tokenizer) -> None:
+    """Raise ``ValueError`` if no source can be read, or if the first that can has other frames than the tokenizer takes."""
+    first: Exception | None = None
+    for place, (name, _) in enumerate(sources):
+        try:
+            episode = source.episode(place)
+        except (ValueError, OSError) as error:
+            first = first or error
+        else:
+            return _check_frames(episode, tokenizer, f"{source.path}: {name}")
+    reason = f"; the first: {first}" if first else ""
+    raise ValueError(f"{source.path}: none of {len(sources)} episodes can be read{reason}") from first
 
 
-def _check(store: EpisodeStore, tokenizer: Tokenizer, batch_frames: int, overlap: int) -> None:
-    if tuple(store.frame_shape) != tuple(tokenizer.frame_shape):
-        raise ValueError(f"{store.path}: frames of shape {store.frame_shape}; the tokenizer takes {tuple(tokenizer.frame_shape)}")
-    least = 1 + (overlap + 1) * tokenizer.temporal_stride
-    if batch_frames < least:
-        raise ValueError(f"batch_frames is {batch_frames}; with an overlap of {overlap} latent steps it must be at least {least}")
+def _check_frames(episode: Episode, tokenizer: Tokenizer, where: str) -> None:
+    if episode.frames.shape[1:] != tuple(tokenizer.frame_shape):
+        raise ValueError(f"{where}: frames of shape {episode.frames.shape[1:]}; the tokenizer takes {tuple(tokenizer.frame_shape)}")
 
 
-def _resume(path: Path, store: EpisodeStore, tokenizer: Tokenizer) -> int:
-    """How many episodes are done. Raises ``ValueError`` if what is there does not belong to this store and tokenizer."""
-    if not (path / STORE_FILE).exists():
-        return 0
-    found = LatentStore(path)
-    found.check_tokenizer(tokenizer.fingerprint())
-    if len(found) and (len(found) > len(store) or found.source_fingerprint != store.fingerprint(len(found))):
-        raise ValueError(f"{path}: holds latents of other episodes than {store.path}; pretokenize into another folder")
-    return len(found)
+def _read(source: EpisodeSource, place: int, name: str, tokenizer: Tokenizer, strict: bool) -> Episode | str:
+    """An episode, or why it is left out."""
+    try:
+        episode = source.episode(place)
+        _check_frames(episode, tokenizer, name)
+    except (ValueError, OSError) as error:
+        if strict:
+            raise
+        return str(error)
+    return episode
 
 
-def _segments(store: EpisodeStore, episode: int, batch_frames: int, overlap: int, stride: int) -> Iterator[Segment]:
-    """Overlapping runs of at most ``batch_frames`` frames that begin where a latent step ends (frame Pt)."""
-    length, start, drop = int(store.lengths[episode]), 0, 0
-    while True:
-        stop = min(start + 1 + (batch_frames - 1) // stride * stride, length)
-        yield store.frames(episode, start, stop), drop
-        if stop == length:
+def _finished(found: LatentStore | None, groups: Groups, strict: bool) -> set[int]:
+    """The groups whose shards are there as they should be; ``strict``: and lack nothing that was to be in them."""
+    if found is None:
+        return set()
+    headers = {shard.number: shard.header for shard in found.shards}
+    return {
+        number
+        for number in range(len(groups))
+        if number in headers
+        and headers[number]["source_fingerprint"] == groups.fingerprint(number)
+        and not (strict and headers[number]["quarantine"])
+    }
+
+
+@dataclass
+class _Encoder:
+    """Collects episodes and encodes ``batch_episodes`` of them side by side."""
+
+    tokenizer: Tokenizer
+    writer: LatentWriter
+    actions: Actions
+    batch_frames: int
+    batch_episodes: int
+    device: torch.device | str
+    waiting: list[tuple[str, Episode]] = field(default_factory=list)
+
+    def add(self, name: str, episode: Episode) -> None:
+        self.waiting.append((name, episode))
+        if len(self.waiting) == self.batch_episodes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Encode what waits, and hand it to the writer."""
+        if not self.waiting:
             return
-        steps = (stop - 1) // stride + 1  # latent steps finished so far
-        start, drop = (steps - overlap) * stride, overlap
+        latents = encode_frames(self.tokenizer, [episode.frames for _, episode in self.waiting], self.batch_frames, self.device)
+        stride = self.tokenizer.temporal_stride
+        for (name, episode), rows in zip(self.waiting, latents, strict=True):
+            self.writer.add(
+                rows,
+                *CHOOSE_ACTIONS[self.actions](episode.actions, episode.action_mask, stride),
+                chunk_rewards(episode.rewards, stride),
+                chunk_terminals(episode.terminals, stride),
+                episode.task,
+                episode.has_rewards,
+                name,
+            )
+        self.waiting.clear()
 
 
 @torch.no_grad()
-def _encode(tokenizer: Tokenizer, frames: UInt8[np.ndarray, "F C H W"], device: torch.device | str) -> Float32[np.ndarray, "T N Z"]:
-    latents = tokenizer.encode(torch.from_numpy(frames)[None].to(device))
-    rows, columns = tokenizer.token_grid
-    expected = (1, num_latent_steps(len(frames), tokenizer.temporal_stride), rows * columns, tokenizer.latent_channels)
-    if tuple(latents.shape) != expected:
-        raise ValueError(f"tokenizer: {len(frames)} frames gave latents of shape {tuple(latents.shape)}; expected {expected}")
-    return latents[0].float().cpu().numpy()
+def encode_frames(
+    tokenizer: Tokenizer, episodes: list[UInt8[np.ndarray, "_ C H W"]], batch_frames: int, device: torch.device | str = "cpu"
+) -> list[Float32[np.ndarray, "_ N Z"]]:
+    """The latents of episodes that are encoded side by side, at most ``batch_frames`` frames of each at once if the tokenizer streams.
+
+    Shorter episodes repeat their last frame until the longest ends. What that adds is cut off again; as latents depend on no later frame,
+    nothing else changes. Raises ``ValueError`` if the tokenizer's output has another shape than it promises.
+    """
+    stride, (rows, columns) = tokenizer.temporal_stride, tokenizer.token_grid
+    lengths = [len(frames) for frames in episodes]
+    longest = max(lengths)
+    streaming: Any = tokenizer if tokenizer.can_stream and longest > batch_frames else None
+    cuts = [0, longest]
+    if streaming is not None:  # steps end at the frames 0, P, 2P, ...
+        first, hop = 1 + (batch_frames - 1) // stride * stride, batch_frames // stride * stride
+        cuts = [0, *range(first, longest, hop), longest]
+        cache = streaming.new_cache(len(episodes), "encoder")
+    parts: list[np.ndarray] = []
+    for start, stop in itertools.pairwise(cuts):
+        index = np.arange(start, stop)
+        piece = torch.from_numpy(np.stack([frames[np.minimum(index, len(frames) - 1)] for frames in episodes])).to(device)
+        latents = tokenizer.encode(piece) if streaming is None else streaming.encode(piece, cache)
+        steps = num_latent_steps(stop, stride) - (num_latent_steps(start, stride) if start else 0)
+        expected = (len(episodes), steps, rows * columns, tokenizer.latent_channels)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"tokenizer: {len(index)} frames gave latents of shape {tuple(latents.shape)}; expected {expected}")
+        parts.append(latents.float().cpu().numpy())
+    whole = np.concatenate(parts, axis=1)
+    return [latents[: num_latent_steps(length, stride)] for latents, length in zip(whole, lengths, strict=True)]
+
+
+def _write_quarantine(path: Path) -> LatentStore:
+    """Write down what all shards say was left out; again if another process has finished one meanwhile. So the last process, whichever
+    it is, has seen them all."""
+    store = LatentStore(path, allow_partial=True)
+    while True:
+        with atomic_file(path / QUARANTINE_FILE) as tmp:
+            tmp.write_text(json.dumps(store.quarantine, indent=1) + "\n")
+        again = LatentStore(path, allow_partial=True)
+        if again.quarantine == store.quarantine:
+            return again
+        store = again

@@ -56,11 +56,12 @@ def checksum(*buffers: Any) -> int:
     return value
 
 
-def write_shard(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any]) -> None:
-    """Write arrays and a JSON header as one safetensors file, atomically. Raises ``FileExistsError`` rather than replace a shard."""
+def write_shard(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any], *, is_new: bool = True) -> None:
+    """Write arrays and a JSON header as one safetensors file, atomically. ``is_new``: raises ``FileExistsError`` rather than replace a
+    shard."""
     text = canonical(header, str(path))
     require_disk(path.parent, sum(a.nbytes for a in arrays.values()) + len(text))
-    with atomic_file(path, is_new=True) as tmp:
+    with atomic_file(path, is_new=is_new) as tmp:
         # one key only: safetensors keeps no order among several, and equal shards must be equal bytes
         save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, tmp, {"dreamer": f"{checksum(text.encode()):08x}{text}"})
 
@@ -85,6 +86,10 @@ class Shard:
         except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
             raise self.damage(error) from error
 
+    @property
+    def number(self) -> int:
+        return int(self.path.stem.removeprefix("shard-"))
+
     def damage(self, what: object) -> ValueError:
         return ValueError(
             f"{self.path}: damaged or truncated shard ({what}). Restore the file, or move it away to go on without its episodes"
@@ -94,6 +99,10 @@ class Shard:
 def _view(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
     start, stop = entry["data_offsets"]
     return data[start:stop].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.safetensors"
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -111,11 +120,12 @@ def remove_stale_files(folder: Path) -> None:
 class ShardedWriter:
     """Appends episodes to a store: collects rows of arrays, writes them as shards.
 
-    A kill loses at most the episodes of the unfinished shard. Several processes may append to one store.
+    A kill loses at most the episodes of the unfinished shard. Several processes may append to one store. ``shard_episodes``: None if
+    the caller says where shards end.
     """
 
-    def __init__(self, path: Path | str, meta: dict[str, Any], *, shard_episodes: int, shard_bytes: int = 256 << 20) -> None:
-        if shard_episodes < 1 or shard_bytes < 1:
+    def __init__(self, path: Path | str, meta: dict[str, Any], *, shard_episodes: int | None, shard_bytes: int = 256 << 20) -> None:
+        if (shard_episodes is not None and shard_episodes < 1) or shard_bytes < 1:
             raise ValueError(f"shard_episodes {shard_episodes}, shard_bytes {shard_bytes}; expected at least 1")
         self.path = Path(path)
         self.meta: dict[str, Any] = json.loads(canonical(meta, str(self.path)))
@@ -149,6 +159,8 @@ class ShardedWriter:
         canonical(entry, f"{self.path}: info of an episode")
         self._entries.append(entry)
         self._parts.append(parts)
+        if self.shard_episodes is None:
+            return
         if len(self._parts) >= self.shard_episodes or sum(a.nbytes for p in self._parts for a in p.values()) >= self.shard_bytes:
             self.flush()
 
@@ -159,17 +171,21 @@ class ShardedWriter:
         """Write the queued episodes as one shard. If this fails they stay queued."""
         if not self._parts:
             return
-        if (self.path / STORE_FILE).exists():
-            self._adopt_store_file()
-        else:
-            self._write_store_file()
+        self._open_store()
         arrays = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
         while self._parts:
             paths = shard_paths(self.path)
             number = int(paths[-1].stem.removeprefix("shard-")) + 1 if paths else 0
             with suppress(FileExistsError):  # another process was faster: the next number
-                write_shard(self.path / f"shard-{number:06d}.safetensors", arrays, self._header())
+                write_shard(shard_path(self.path, number), arrays, self._header())
                 self._entries, self._parts = [], []
+
+    def _open_store(self) -> None:
+        """Shards belong to a store file: the one that is there, if its constants agree, else a new one."""
+        if (self.path / STORE_FILE).exists():
+            self._adopt_store_file()
+        else:
+            self._write_store_file()
 
 
 def read_store_file(path: Path, kind: str) -> dict[str, Any]:

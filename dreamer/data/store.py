@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 from dreamer.data.checks import check_episode
-from dreamer.data.shards import Rows, Shard, ShardedStore, ShardedWriter, checksum, rows_checksum
+from dreamer.data.groups import Source, read_groups
+from dreamer.data.shards import Rows, Shard, ShardedStore, ShardedWriter, checksum, rows_checksum, shard_path, write_shard
 from dreamer.types import ActionSpace, Episode
 
 Codec = Literal["zlib", "raw"]
@@ -127,6 +128,11 @@ class EpisodeStore(ShardedStore):
                 raise shard.damage("frame_bytes is shorter than its episodes")
         return firsts
 
+    @property
+    def sources(self) -> list[Source]:
+        """A name for each episode, by its content, as ``EpisodeSource`` wants it."""
+        return [(f"episode {i} of task {e['task']}, checksum {e['checksum']:08x}", "") for i, e in enumerate(self._entries)]
+
     def episode(self, index: int) -> Episode:
         rows = self.arrays(index)
         return Episode(
@@ -186,8 +192,9 @@ def split_episodes(num_episodes: int, val_fraction: float, seed: int = 0) -> tup
 class LatentWriter(ShardedWriter):
     """Appends the latents of episodes to a folder, by a tokenizer that ``tokenizer_fingerprint`` names.
 
-    ``source_fingerprint`` says which episodes the shard comes from; set it anew before each shard if they grow. Leaving the block
-    writes what was added; leaving it by an exception does not, so that shards always end where they should.
+    ``source_fingerprint`` says which episodes the shards come from. actions_per_step: the P of ``add`` (default: ``temporal_stride``).
+    shard_episodes: None if ``write_group`` ends each shard. Leaving the block writes what was added; leaving it by an exception does
+    not, so that shards always end where they should.
     """
 
     def __init__(
@@ -200,8 +207,9 @@ class LatentWriter(ShardedWriter):
         latent_channels: int,
         temporal_stride: int,
         source_fingerprint: str,
+        actions_per_step: int | None = None,
         dtype: Literal["float32", "float16"] = "float32",
-        shard_episodes: int = 32,
+        shard_episodes: int | None = 32,
         extra: dict[str, Any] | None = None,
     ) -> None:
         if dtype not in ("float32", "float16"):
@@ -214,6 +222,7 @@ class LatentWriter(ShardedWriter):
             "token_grid": list(token_grid),
             "latent_channels": latent_channels,
             "temporal_stride": temporal_stride,
+            "actions_per_step": temporal_stride if actions_per_step is None else actions_per_step,
             "dtype": dtype,
             "extra": extra,
         }
@@ -230,8 +239,11 @@ class LatentWriter(ShardedWriter):
         terminals: Bool[np.ndarray, " T"],
         task: int = 0,
         has_rewards: bool = True,
+        name: str | None = None,
     ) -> None:
-        """Queue one episode. Raises ``ValueError`` for other shapes than the store's, and for values that are not finite."""
+        """Queue one episode, called ``name`` in errors. Raises ``ValueError`` for other shapes than the store's, and for values that are
+        not finite."""
+        where = f"{self.path}: {name or f'episode {self.num_added}'}"
         with np.errstate(over="ignore"):  # found below, with a message
             stored = latents.astype(self.meta["dtype"])
         rows: dict[str, np.ndarray] = {
@@ -241,19 +253,31 @@ class LatentWriter(ShardedWriter):
             "rewards": rewards,
             "terminals": terminals,
         }
-        for name, (dtype, shape) in _latent_rows(self.meta).items():
-            array = rows[name]
+        for row, (dtype, shape) in _latent_rows(self.meta).items():
+            array = rows[row]
             if array.dtype != dtype or array.shape != (len(latents), *shape):
                 got = f"{array.dtype} {array.shape}"
-                raise ValueError(f"{self.path}: episode {self.num_added}: {name} is {got}; expected {dtype} {(len(latents), *shape)}")
+                raise ValueError(f"{where}: {row} is {got}; expected {dtype} {(len(latents), *shape)}")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise ValueError(f"{self.path}: episode {self.num_added}: {name} holds NaN, infinity or more than {self.meta['dtype']} can")
+                raise ValueError(f"{where}: {row} holds NaN, infinity or more than {self.meta['dtype']} can")
         entry = {"length": len(latents), "task": int(task), "has_rewards": bool(has_rewards), "checksum": rows_checksum(rows)}
         self._append(entry, rows)
         self.num_added += 1
 
+    def write_group(self, number: int, fingerprint: str, quarantine: list[dict[str, str]]) -> None:
+        """Write the queued episodes, none if nothing could be read, as the shard of group ``number``, also in the place of an older one.
+
+        ``quarantine``: name and reason of each of the group's sources that was left out.
+        """
+        self._open_store()
+        empty = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in _latent_rows(self.meta).items()}
+        arrays = {name: np.concatenate([array, *(part[name] for part in self._parts)]) for name, array in empty.items()}
+        header = self._header() | {"source_fingerprint": fingerprint, "quarantine": quarantine}
+        write_shard(shard_path(self.path, number), arrays, header, is_new=False)
+        self._entries, self._parts = [], []
+
     def _header(self) -> dict[str, Any]:
-        return super()._header() | {"source_fingerprint": self.source_fingerprint}
+        return super()._header() | {"source_fingerprint": self.source_fingerprint, "quarantine": []}
 
     def __enter__(self) -> LatentWriter:
         return self
@@ -264,20 +288,40 @@ class LatentWriter(ShardedWriter):
 
 
 class LatentStore(ShardedStore):
-    """Reads pretokenized episodes. ``arrays(i, start, stop)`` gives latents, actions, action_mask, rewards and terminals."""
+    """Reads pretokenized episodes. ``arrays(i, start, stop)`` gives latents, actions, action_mask, rewards and terminals.
+
+    Raises ``ValueError`` while groups of episodes are missing, unless ``allow_partial``: it holds then what is there.
+    """
 
     kind = "latents"
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, allow_partial: bool = False) -> None:
         super().__init__(path)
-        # the last shard's fingerprint covers all the episodes up to its end
-        self.source_fingerprint: str = self.shards[-1].header["source_fingerprint"] if self.shards else ""
+        groups = read_groups(self.path)  # None: the store was not pretokenized but written by hand, shard after shard
+        self.num_groups = len(self.shards) if groups is None else len(groups)
+        prints = {shard.number: shard.header["source_fingerprint"] for shard in self.shards}
+        self.finished = set(prints) if groups is None else {n for n in range(len(groups)) if prints.get(n) == groups.fingerprint(n)}
+        if not allow_partial and not self.is_complete:
+            raise ValueError(
+                f"{self.path}: incomplete: {len(self.finished)} of {self.num_groups} groups of episodes are there; run pretokenize again"
+            )
+        self.source_fingerprint = hashlib.sha256(" ".join(prints.values()).encode()).hexdigest()[:32]
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.finished) == self.num_groups
+
+    @property
+    def quarantine(self) -> list[dict[str, str]]:
+        """Name and reason of each recording that could not be read and was left out."""
+        return [left_out for shard in self.shards for left_out in shard.header["quarantine"]]
 
     def _open_meta(self, meta: dict[str, Any]) -> Rows:
         self.action_space = ActionSpace.from_json(meta["action_space"])
         self.token_grid: tuple[int, int] = (meta["token_grid"][0], meta["token_grid"][1])
         self.latent_channels: int = meta["latent_channels"]
-        self.temporal_stride: int = meta["temporal_stride"]
+        self.temporal_stride: int = meta["temporal_stride"]  # frames of a latent step
+        self.actions_per_step: int = meta["actions_per_step"]  # as many, or 1 where the others were dropped
         self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
         self.extra: dict[str, Any] = meta["extra"] or {}
         return _latent_rows(meta)
@@ -296,11 +340,11 @@ class LatentStore(ShardedStore):
 
 def _latent_rows(meta: dict[str, Any]) -> Rows:
     columns = ActionSpace.from_json(meta["action_space"]).num_columns
-    stride = meta["temporal_stride"]
+    num_actions = meta["actions_per_step"]
     return {
         "latents": (meta["dtype"], (meta["token_grid"][0] * meta["token_grid"][1], meta["latent_channels"])),
-        "actions": ("float32", (stride, columns)),
-        "action_mask": ("bool", (stride,)),
+        "actions": ("float32", (num_actions, columns)),
+        "action_mask": ("bool", (num_actions,)),
         "rewards": ("float32", ()),
         "terminals": ("bool", ()),
     }

@@ -1,4 +1,4 @@
-"""Recordings to episodes, episodes to latents."""
+"""Recordings to episodes: imported, or played and recorded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from dreamer.data import ActionCodec, EpisodeStore, LatentStore, import_recordings, pretokenize
+from dreamer.data import ActionCodec, EpisodeStore, import_recordings
 from dreamer.data.shards import STORE_FILE
 from dreamer.envs import make_env, make_player
 from dreamer.evaluation.agent import PolicyPlayer
@@ -22,8 +22,6 @@ from dreamer.training.record import record
 from dreamer.training.settings import EnvConfig
 from dreamer.types import ActionComponent, ActionSpace, Player
 
-BATCH_FRAMES = 256  # that the tokenizer encodes at once
-
 
 def record_episodes(run: Run) -> bool:
     """Fill the run's episode store: from the recordings that ``data.recordings`` names, or by recording the players."""
@@ -34,13 +32,13 @@ def record_episodes(run: Run) -> bool:
         if recordings.reader == "store":
             run.episodes()
             return False
-        with _bar("import") as bar:
+        with ProgressBar("import") as bar:
             import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, options=recordings.options)
     else:
         env = config.env
         assert env is not None  # the config's validator
         players = [(player.name, player.options, player.fraction) for player in config.record.players]
-        with _bar("record") as bar:
+        with ProgressBar("record") as bar:
             record(
                 env.name,
                 env.options,
@@ -117,32 +115,11 @@ def _told(space: ActionSpace, has_labels: bool) -> str:
     return " + ".join(map(one, space.components))
 
 
-def pretokenize_latents(run: Run) -> bool:
-    """Encode every episode with the run's tokenizer; goes on where an earlier call stopped."""
-    store, tokenizer = run.episodes(), run.tokenizer()
-    before = len(LatentStore(run.latents_path)) if (run.latents_path / STORE_FILE).exists() else 0
-    encoder = tokenizer.config.encoder
-    # a segment begins with as much past as its first kept frame can see through all time layers
-    time_layers = encoder.num_layers // encoder.time_every if encoder.time_every else 0
-    overlap = time_layers * (encoder.context_length - 1)
-    with _bar("pretokenize") as bar:
-        pretokenize(
-            store,
-            tokenizer,
-            run.latents_path,
-            batch_frames=max(BATCH_FRAMES, 2 * (overlap + 1)),
-            overlap_steps=overlap,
-            device=run.device,
-            progress=bar,
-        )
-    return len(LatentStore(run.latents_path)) > before
-
-
 def _count(path: Path) -> int:
     return len(EpisodeStore(path)) if (path / STORE_FILE).exists() else 0
 
 
-class _bar:
+class ProgressBar:
     """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
 
     def __init__(self, name: str) -> None:
@@ -153,7 +130,7 @@ class _bar:
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=done, total=total)
 
-    def __enter__(self) -> _bar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 

@@ -91,7 +91,7 @@ def inspect_path(
             raise ValueError(f"{path}: is a store, which takes no options; got {', '.join(options)}")
         meta = load_json(path / STORE_FILE)
         if isinstance(meta, dict) and meta.get("kind") == LatentStore.kind:
-            return _inspect_latents(LatentStore(path), max_episodes, progress)
+            return _inspect_latents(LatentStore(path, allow_partial=True), max_episodes, progress)
         return _inspect_store(EpisodeStore(path), max_episodes, progress)
     if reader_name is None and (stores := [path / name for name in ("episodes", "latents") if (path / name / STORE_FILE).is_file()]):
         raise ValueError(f"{path}: is the folder of a run; inspect {' or '.join(map(str, stores))}")
@@ -152,6 +152,9 @@ def _inspect_store(store: EpisodeStore, max_episodes: int | None, progress: Prog
 def _inspect_latents(store: LatentStore, max_episodes: int | None, progress: Progress | None) -> Inspection:
     _require_episodes(store)
     chosen, look = _evenly(len(store), max_episodes), _Look(store.action_space)
+    if not store.is_complete:
+        look.problems.append(f"incomplete: {len(store.finished)} of {store.num_groups} groups of episodes are there; run pretokenize again")
+    look.problems += [f"{left_out['name']} was left out: {left_out['reason']}" for left_out in store.quarantine]
     sums = np.zeros((3, store.latent_channels))  # how many, their sum, the sum of their squares
     for done, index in enumerate(chosen, 1):
         try:

@@ -39,7 +39,7 @@ class Run:
     def __init__(self, config: DreamerConfig, command: str = "") -> None:
         self.config, self.command = config, command
         self.path = config.run_dir
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
 
@@ -202,7 +202,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one. Raises ``ValueError`` for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch sees no CUDA device here; set device=cpu or device=auto")
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)

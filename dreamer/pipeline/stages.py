@@ -6,8 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from dreamer.pipeline.collect import check_lengths, pretokenize_latents, record_episodes
+from dreamer.pipeline.collect import check_lengths, record_episodes
 from dreamer.pipeline.evaluate import evaluate_agent, evaluate_world_model
+from dreamer.pipeline.pretokenize import pretokenize_latents
 from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.train import train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer

@@ -11,6 +11,7 @@ from dreamer.data.alignment import (
     episode_from_steps,
     episode_from_transitions,
     episode_without_rewards,
+    linspace_actions,
     mtp_targets,
     num_latent_steps,
     shift_actions,
@@ -126,6 +127,25 @@ def test_chunks_lose_no_action_and_no_reward(length, stride):
     for t in range(1, len(chunks)):  # what led into frame f was done at frame f - 1
         through = np.arange(stride * (t - 1) + 1, min(stride * t, length - 1) + 1)
         assert prev[t, prev_mask[t], 0].tolist()[: len(through)] == actions[through - 1, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "frames"),
+    [
+        (1, 8, [0]),
+        (2, 8, [0, 1]),
+        (17, 8, [0, 8, 16]),
+        (32, 8, [0, 7, 15, 23, 31]),  # 31 / 4 = 7.75 frames apart
+        (7, 3, [0, 3, 6]),
+        (9, 3, [0, 2, 5, 8]),  # 8 / 3 = 2.67
+        (4, 1, [0, 1, 2, 3]),
+    ],
+)
+def test_one_action_a_step(length, stride, frames):
+    actions, mask = np.arange(2.0 * length, dtype=np.float32).reshape(length, 2), np.arange(length) != length - 1
+    chosen, known = linspace_actions(actions, mask, stride)
+    assert chosen.tolist() == [[[2 * t, 2 * t + 1]] for t in frames]
+    assert known.tolist() == [[t != length - 1] for t in frames]
 
 
 def test_mtp_targets_table():

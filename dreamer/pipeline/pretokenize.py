@@ -1,0 +1,122 @@
+"""Episodes or recordings to latents: the stage of a run, and recordings by themselves, alone or shared by several processes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from dreamer.config import DreamerConfig
+from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader, pretokenize
+from dreamer.data.shards import STORE_FILE
+from dreamer.models import CausalTokenizer, CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
+from dreamer.pipeline.collect import ProgressBar
+from dreamer.pipeline.run import Run, choose_device
+
+_log = logging.getLogger(__name__)
+
+# Settings that say where a tokenizer comes from, not what its latents are like.
+PLACES = {"enabled", "checkpoint_path", "trust_torchscript", "checksums"}
+AnyTokenizer: TypeAlias = CausalTokenizer | CosmosTokenizerWrapper
+
+
+def pretokenize_latents(run: Run) -> bool:
+    """Encode every episode with the run's tokenizer; goes on where an earlier call stopped. Latents and episodes have the same numbers,
+    so an episode that cannot be read is an error."""
+    store, tokenizer = run.episodes(), run.tokenizer()
+    is_new = not (run.latents_path / STORE_FILE).exists()
+    before = None if is_new else LatentStore(run.latents_path, allow_partial=True).source_fingerprint
+    with ProgressBar("pretokenize") as bar:
+        latents = pretokenize(
+            store, tokenizer, run.latents_path, strict=True, device=run.device, about=describe_tokenizer(tokenizer), progress=bar
+        )
+    return latents.source_fingerprint != before
+
+
+def pretokenize_path(
+    data_path: Path,
+    output_path: Path,
+    tokenizer: AnyTokenizer,
+    *,
+    reader: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float16",
+    batch_frames: int = 121,
+    shard_episodes: int = 8,
+    **settings: Any,
+) -> LatentStore:
+    """Encode the recordings or the episode store at ``data_path``, on the tokenizer's device. reader, options: as ``open_source`` takes
+    them. The others go to ``dreamer.data.pretokenize``; batch_frames: here the window of Cosmos, so that each is encoded in one go."""
+    source = open_source(data_path, tokenizer.frame_shape, reader, options or {})
+    with ProgressBar("pretokenize") as bar:
+        return pretokenize(
+            source,
+            tokenizer,
+            output_path,
+            dtype=dtype,
+            batch_frames=batch_frames,
+            shard_episodes=shard_episodes,
+            device=tokenizer.device,
+            about=describe_tokenizer(tokenizer),
+            progress=bar,
+            **settings,
+        )
+
+
+def open_source(path: Path, frame_shape: tuple[int, int, int], reader_name: str | None, options: Mapping[str, Any]) -> EpisodeSource:
+    """An episode store, or recordings (reader_name: their format; default: guessed by the names of the files), scaled to ``frame_shape``
+    where the reader can do that and ``options`` do not say otherwise."""
+    if reader_name is None and (path / STORE_FILE).is_file():
+        if options:
+            raise ValueError(f"{path}: is a store, which takes no options; got {', '.join(options)}")
+        return EpisodeStore(path)
+    name = reader_name or guess_reader(path)
+    scales = name in READERS and "size" in inspect.signature(READERS[name]).parameters
+    recordings = Recordings(path, name, {**({"size": list(frame_shape[1:])} if scales else {}), **options})
+    for skipped in recordings.skipped:
+        _log.warning("left out: %s", skipped)
+    return recordings
+
+
+def open_tokenizer(config: DreamerConfig, device: torch.device) -> CosmosTokenizerWrapper:
+    """The tokenizer of ``config.cosmos_tokenizer``, with the threads of ``config``. Raises ``ValueError`` if it is not enabled."""
+    if not config.cosmos_tokenizer.enabled:
+        raise ValueError(
+            "no tokenizer: cosmos_tokenizer.enabled is false; set it to true, or give the folder of a trained one with --tokenizer DIR"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return create_cosmos_tokenizer_from_config(config.cosmos_tokenizer, device)
+
+
+def describe_tokenizer(tokenizer: AnyTokenizer) -> dict[str, Any]:
+    """What is kept with the latents: the tokenizer's kind, settings and normalisation, as JSON values."""
+    facts = {
+        "kind": type(tokenizer).__name__,
+        "settings": tokenizer.config.model_dump(mode="json", exclude=PLACES),
+        "latent_mean": tokenizer.latent_mean.tolist(),
+        "latent_std": tokenizer.latent_std.tolist(),
+    }
+    return {"tokenizer": facts}
+
+
+def own_share(text: str | None) -> tuple[int, int]:
+    """(i, n) from ``i/n``; None: from RANK and WORLD_SIZE, as torchrun sets them, else (0, 1)."""
+    name = "RANK/WORLD_SIZE" if text is None else "--shard"
+    given = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}" if text is None else text
+    words = given.split("/")
+    if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words) or int(words[0]) >= int(words[1]):
+        raise ValueError(f"{name} is {given!r}; expected i/n with 0 <= i < n, such as 0/2")
+    return int(words[0]), int(words[1])
+
+
+def own_device(name: str) -> torch.device:
+    """As ``choose_device``; of several CUDA devices the one that LOCAL_RANK names, as torchrun sets it."""
+    device = choose_device(name)
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local_rank)) if device.type == "cuda" and local_rank else device

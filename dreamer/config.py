@@ -71,8 +71,12 @@ class DreamerConfig(Config):
         """What would otherwise fail only when its phase begins, long after the start."""
         if self.env is None and self.data.recordings is None:
             raise ValueError("env is null and data.recordings too: there is nothing to learn from; set one of them")
+        if self.env is not None:
+            try:
+                env_kind(self.env.name)
+            except ValueError as error:
+                raise ValueError(f"env.name: {error}") from None
         if self.env is not None and self.evaluation.agent.scripted is not None:
-            env_kind(self.env.name)
             try:
                 make_player(self.evaluation.agent.scripted, self.env.name)
             except ValueError as error:
@@ -112,7 +116,7 @@ class DreamerConfig(Config):
 
 
 def load_config(cls: type[ConfigT], path: Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
-    """A ``cls`` from a YAML file (None: defaults only) and overrides such as ``phase1.learning_rate=1e-3``.
+    """A ``cls`` from a YAML file (None: defaults only) and overrides such as ``phase1.train.batch_size=8``.
 
     Override values are YAML too (``null``, ``[1, 2]``); later ones win, sections merge key by key.
     Raises ``ConfigError`` for a file that is missing, unreadable or not YAML, and for unknown keys, wrong types, values out of range.
@@ -279,7 +283,7 @@ def _apply_override(data: dict[str, Any], text: str) -> str:
     key = key.strip()
     *parents, name = key.split(".")
     if not equals or not all((*parents, name)):
-        raise ConfigError(f"override {text!r}: expected key=value with a dotted key, for example phase1.learning_rate=1e-3")
+        raise ConfigError(f"override {text!r}: expected key=value with a dotted key, for example phase1.train.batch_size=8")
     section = data
     for i, part in enumerate(parents):
         if section.get(part) is None:  # not there, or `part:` with nothing below it
@@ -369,7 +373,7 @@ def _locate(loc: tuple[int | str, ...], data: Any, value: Any) -> tuple[str, Any
             key = f"{key}[{part}]"
         elif isinstance(node, dict) and i == len(loc) - 1 and part != "[key]":
             key = f"{key}.{part}" if key else str(part)
-    return key or "the config", value
+    return key or "the settings", value
 
 
 def _shown(value: Any) -> str:

@@ -131,7 +131,7 @@ def test_config_keys() -> None:
         ("phase1: {limit: 1.5}", "phase1.limit: got 1.5, expected a whole number or text"),
         ("phase1: 3", "phase1: got 3, expected a section (key: value)"),
         ("name: 3", "name: got 3, expected text"),
-        ("name: forbidden", "the config: name 'forbidden' cannot be used"),
+        ("name: forbidden", "the settings: name 'forbidden' cannot be used"),
         ("scales: {a: x}", 'scales.a: got "x", expected a number'),
     ],
 )

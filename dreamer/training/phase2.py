@@ -45,6 +45,11 @@ class Phase2Config(SequenceConfig):
                 f"relevant.fraction is {self.relevant.fraction} of train.batch_size = {self.train.batch_size}: no row would teach the "
                 "policy; enlarge one of them"
             )
+        if self.relevant.fraction == 1 and self.shortcut.heads_context_fraction is not None:
+            raise ValueError(
+                "relevant.fraction is 1 and shortcut.heads_context_fraction is set: it is for rows that teach the heads alone, and without "
+                "uniform rows all teach the dynamics too; set one of them otherwise"
+            )
         return self
 
 

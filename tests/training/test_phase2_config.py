@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dreamer.losses import ShortcutForcingConfig
 from dreamer.training.loop import TrainConfig
 from dreamer.training.phase2 import Phase2Config, RelevantConfig
 
@@ -16,3 +17,10 @@ def test_relevant_rows_are_needed() -> None:
         Phase2Config(train=sixteen, relevant=RelevantConfig(fraction=0.03))
     Phase2Config(train=sixteen, relevant=RelevantConfig(fraction=0.04))
     Phase2Config(train=sixteen, relevant=RelevantConfig(fraction=1.0))
+
+
+def test_a_setting_for_rows_that_teach_heads_alone_needs_uniform_rows() -> None:
+    only = RelevantConfig(fraction=1.0)
+    with pytest.raises(ValueError, match=r"relevant\.fraction is 1 and shortcut\.heads_context_fraction is set"):
+        Phase2Config(relevant=only, shortcut=ShortcutForcingConfig(heads_context_fraction=1.0))
+    Phase2Config(relevant=only)

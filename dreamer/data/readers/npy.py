@@ -122,7 +122,10 @@ def _load_actions(recording: Path) -> tuple[Path, np.ndarray | dict[str, np.ndar
 
 def _derive_space(recording: Path) -> ActionSpace:
     file, arrays = _load_actions(recording)
-    remedy = "an action space that is known; give the reader's option action_space"
+    remedy = (
+        "an action space that is known; give the reader's option, with the arrays' names: "
+        "action_space=[{name: move, kind: categorical, size: 3}]"
+    )
     if isinstance(arrays, np.ndarray):
         if arrays.ndim == 2 and arrays.shape[1] == MINERL.num_columns:
             return MINERL

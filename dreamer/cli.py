@@ -91,7 +91,8 @@ def _parser() -> Parser:
     train = verbs.add_parser("train", help="Train one part.", description="Train one part. Running it again resumes.")
     parts = train.add_subparsers(metavar="part", required=True)
     for phase in PHASES:
-        add(phase, _stage(phase), f"Train {phase}.", parts)
+        part = add(phase, _train(phase), f"Train {phase}.", parts)
+        part.add_argument("--dry-run", action="store_true", help="only say what it would take: shapes, parameters, FLOPs, memory")
     _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
     what = evaluate.add_subparsers(metavar="what", required=True)
@@ -196,6 +197,18 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
     if not store.is_complete:
         print(f"{len(store.finished)} of {store.num_groups} groups of episodes are there; the other processes make the rest")
     return 0
+
+
+def _train(part: str) -> Callable[[argparse.Namespace, str], int]:
+    def verb(arguments: argparse.Namespace, command: str) -> int:
+        if not arguments.dry_run:
+            return _stage(part)(arguments, command)
+        from dreamer.pipeline.dry_run import dry_run
+
+        print(dry_run(_load(arguments), part))
+        return 0
+
+    return verb
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> int:

@@ -15,7 +15,8 @@ from dreamer.data.alignment import (
     shift_actions,
 )
 from dreamer.data.importing import ImportReport, import_recordings
-from dreamer.data.prefetch import Prefetcher
+from dreamer.data.predecessor import convert_predecessor, open_latents
+from dreamer.data.prefetch import Prefetcher, map_ahead
 from dreamer.data.pretokenize import pretokenize
 from dreamer.data.pretokenized_dataset import (
     PretokenizedDataset,
@@ -48,6 +49,7 @@ __all__ = [
     "chunk_actions",
     "chunk_rewards",
     "chunk_terminals",
+    "convert_predecessor",
     "create_pretokenized_dataloader",
     "decode_action",
     "encode_action",
@@ -60,8 +62,10 @@ __all__ = [
     "import_recordings",
     "linspace_actions",
     "make_reader",
+    "map_ahead",
     "mtp_targets",
     "num_latent_steps",
+    "open_latents",
     "pretokenize",
     "shift_actions",
     "split_episodes",

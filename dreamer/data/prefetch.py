@@ -1,14 +1,41 @@
-"""A thread that stays a few items ahead."""
+"""Threads that stay a few items ahead."""
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _END = object()
+
+
+def map_ahead(make: Callable[[int], T], start: int, *, num_threads: int, depth: int) -> Generator[T, None, None]:
+    """``make(start)``, ``make(start + 1)``, ... without end and in this order, whatever the number of threads that make them.
+
+    At most ``depth`` items wait beyond the one that was given last. An exception of ``make`` is raised in its turn. Closing the
+    generator, or dropping it, ends the threads. Raises ``ValueError`` for less than one thread, or a depth of less than one.
+    """
+    if num_threads < 1 or depth < 1:
+        raise ValueError(f"{num_threads} threads, depth {depth}; expected at least 1 of each")
+    return _map_ahead(make, start, num_threads, depth)
+
+
+def _map_ahead(make: Callable[[int], T], start: int, num_threads: int, depth: int) -> Generator[T, None, None]:
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch") as pool:
+        try:
+            for number in itertools.count(start):
+                ahead.append(pool.submit(make, number))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+        finally:
+            for item in ahead:
+                item.cancel()
 
 
 class Prefetcher(Generic[T]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,26 +13,28 @@ import torch
 from jaxtyping import Bool
 
 from dreamer.data.alignment import shift_actions
-from dreamer.data.prefetch import Prefetcher
+from dreamer.data.predecessor import open_latents
+from dreamer.data.prefetch import map_ahead
 from dreamer.data.store import EpisodeStore, LatentStore, split_episodes
 from dreamer.data.windows import WindowSampler
 from dreamer.types import Batch, FrameBatch
 
 T = TypeVar("T")
 Ids: TypeAlias = Sequence[int] | np.ndarray
-Stream: TypeAlias = Prefetcher[T] | Generator[T, None, None]  # an iterator with close()
+Stream: TypeAlias = Generator[T, None, None]
 
 
 class PretokenizedDataset:
-    """Windows of ``sequence_length`` latent steps from a latent store.
+    """Windows of ``sequence_length`` latent steps from a latent store, or from a folder that ``open_latents`` knows.
 
     episodes: the episodes to draw from (default: all). Windows never cross episodes.
     """
 
     def __init__(self, source: LatentStore | Path | str, sequence_length: int, episodes: Ids | None = None) -> None:
-        self.store = source if isinstance(source, LatentStore) else LatentStore(source)
+        self.store = source if isinstance(source, LatentStore) else open_latents(source)
         self.sequence_length = sequence_length
         self.episodes = np.arange(len(self.store)) if episodes is None else np.asarray(episodes, np.int64)
+        self._tasks, self._has_rewards = self.store.tasks, self.store.has_rewards
         self._windows = self.sampler(batch_size=1, seed=0)
 
     def sampler(self, *, batch_size: int, seed: int, episodes: Ids | None = None, rank: int = 0, world: int = 1) -> WindowSampler:
@@ -51,21 +54,35 @@ class PretokenizedDataset:
 
     def batch(self, rows: Sequence[tuple[int, int]], is_relevant: Bool[np.ndarray, " B"] | None = None) -> Batch:
         """One row per (episode, start). ``is_relevant`` marks the rows that behaviour cloning learns from (default: none)."""
-        parts = [self._window(episode, start) for episode, start in rows]
-        relevant = np.zeros(len(rows), bool) if is_relevant is None else is_relevant
-        stacked = {name: torch.from_numpy(np.stack([p[name] for p in parts])) for name in parts[0]}
+        arrays = self._gather(rows)
+        # time first, and the actions of all rows side by side
+        actions, mask = (arrays[name].reshape(len(arrays[name]), -1, *arrays[name].shape[3:]) for name in ("actions", "action_mask"))
+        for name, shifted in zip(("actions", "action_mask"), shift_actions(actions, mask), strict=True):
+            arrays[f"prev_{name}"] = shifted.reshape(arrays[name].shape)
+        for name in ("actions", "action_mask", "prev_actions", "prev_action_mask"):
+            arrays[name] = np.ascontiguousarray(arrays[name][1:].swapaxes(0, 1))
         episodes = [episode for episode, _ in rows]
-        task, has_rewards = torch.from_numpy(self.store.tasks[episodes]), torch.from_numpy(self.store.has_rewards[episodes])
-        return Batch(**stacked, task=task, has_rewards=has_rewards, is_relevant=torch.from_numpy(relevant.copy()))
+        arrays |= {"task": self._tasks[episodes], "has_rewards": self._has_rewards[episodes]}
+        arrays["is_relevant"] = np.zeros(len(rows), bool) if is_relevant is None else is_relevant.copy()
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return Batch(**tensors | {"latents": tensors["latents"].float()})  # PyTorch widens float16 much faster than NumPy
 
-    def _window(self, episode: int, start: int) -> dict[str, np.ndarray]:
-        """A window is read with the step before it, whose actions led to the window's first step."""
-        before = min(start, 1)
-        arrays = self.store.arrays(episode, start - before, start + self.sequence_length)
-        prev_actions, prev_mask = shift_actions(arrays["actions"], arrays["action_mask"])
-        arrays |= {"prev_actions": prev_actions, "prev_action_mask": prev_mask}
-        arrays["latents"] = arrays["latents"].astype(np.float32, copy=False)
-        return {name: array[before:] for name, array in arrays.items()}
+    def _gather(self, rows: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """Latents, rewards and terminals (B, T, ...). Actions and their mask (1 + T, B, P, ...), with the step before the window, whose
+        actions led to its first step; an episode's first step has none."""
+        steps, out = self.sequence_length, {}
+        for row, (episode, start) in enumerate(rows):
+            before = min(start, 1)
+            for name, array in self.store.arrays(episode, start - before, start + steps).items():
+                is_action = name in ("actions", "action_mask")
+                if row == 0:
+                    shape = (1 + steps, len(rows)) if is_action else (len(rows), steps)
+                    out[name] = np.zeros((*shape, *array.shape[1:]), array.dtype)
+                if is_action:
+                    out[name][1 - before :, row] = array
+                else:
+                    out[name][row] = array[before:]
+        return out
 
 
 def long_batch_size(batch_size: int, sequence_length: int, long_sequence_length: int) -> int:
@@ -84,6 +101,7 @@ def batches(
     long: PretokenizedDataset | None = None,
     long_every: int = 8,
     prefetch: int = 2,
+    num_workers: int = 1,
     rank: int = 0,
     world: int = 1,
 ) -> Stream[Batch]:
@@ -91,8 +109,9 @@ def batches(
 
     The first ``round(relevant_fraction * batch_size)`` rows are drawn from ``relevant_episodes`` and marked ``is_relevant``; the others
     are drawn uniformly from the dataset. With ``long``, every ``long_every``-th batch has fewer rows (``long_batch_size``), which come from
-    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by a thread (0: none). Close the
-    iterator, or drop it, to end the thread. Raises ``ValueError`` for relevant rows without relevant episodes.
+    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead (0: none) by ``num_workers`` threads, whose
+    number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError`` for relevant rows
+    without relevant episodes.
     """
     if not 0 <= relevant_fraction <= 1:
         raise ValueError(f"relevant_fraction is {relevant_fraction}; expected 0 to 1")
@@ -111,7 +130,7 @@ def batches(
 
     short = maker(dataset, batch_size, seed)
     if long is None:
-        return _stream(short, start_step, prefetch)
+        return _stream(short, start_step, prefetch, num_workers)
     if long_every < 1:
         raise ValueError(f"long_every is {long_every}; expected at least 1")
     few = maker(long, long_batch_size(batch_size, dataset.sequence_length, long.sequence_length), seed ^ 0x10E6)
@@ -120,7 +139,7 @@ def batches(
         num_long = step // long_every  # before this step
         return few(num_long) if (step + 1) % long_every == 0 else short(step - num_long)
 
-    return _stream(make, start_step, prefetch)
+    return _stream(make, start_step, prefetch, num_workers)
 
 
 def frame_batches(
@@ -144,25 +163,22 @@ def frame_batches(
     return _stream(make, start_step, prefetch)
 
 
-def _stream(make: Callable[[int], T], start_step: int, prefetch: int) -> Stream[T]:
-    if start_step < 0 or prefetch < 0:
-        raise ValueError(f"start_step {start_step}, prefetch {prefetch}; expected at least 0")
-
-    def items() -> Generator[T, None, None]:
-        step = start_step
-        while True:
-            yield make(step)
-            step += 1
-
-    return Prefetcher(items(), prefetch) if prefetch else items()
+def _stream(make: Callable[[int], T], start_step: int, prefetch: int, num_workers: int = 1) -> Stream[T]:
+    if start_step < 0 or prefetch < 0 or num_workers < 1:
+        raise ValueError(f"start_step {start_step}, prefetch {prefetch}, num_workers {num_workers}; expected at least 0, 0 and 1")
+    if prefetch:
+        return map_ahead(make, start_step, num_threads=num_workers, depth=max(prefetch, num_workers))
+    return (make(step) for step in itertools.count(start_step))
 
 
 class PretokenizedLoader:
     """Re-iterable like a torch ``DataLoader``: each ``for`` runs one epoch of ``len(loader)`` batches and goes on where the last one
     stopped, in an order that the seed alone decides. ``step`` counts the batches given; pass it as ``start_step`` to resume."""
 
-    def __init__(self, dataset: PretokenizedDataset, batch_size: int, seed: int, start_step: int = 0) -> None:
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+    def __init__(self, dataset: PretokenizedDataset, batch_size: int, seed: int, start_step: int = 0, num_workers: int = 1) -> None:
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; expected at least 0 (no thread)")
+        self.dataset, self.batch_size, self.seed, self.num_workers = dataset, batch_size, seed, num_workers
         self.step = start_step
         self._steps_per_epoch = dataset.sampler(batch_size=batch_size, seed=seed).steps_per_epoch
 
@@ -170,7 +186,14 @@ class PretokenizedLoader:
         return self._steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = batches(self.dataset, batch_size=self.batch_size, seed=self.seed, start_step=self.step)
+        stream = batches(
+            self.dataset,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start_step=self.step,
+            prefetch=2 * self.num_workers,
+            num_workers=max(1, self.num_workers),
+        )
         with closing(stream):
             for batch in stream:
                 self.step += 1
@@ -187,16 +210,18 @@ def create_pretokenized_dataloader(
     seed: int = 0,
     start_step: int = 0,
     val_fraction: float = 0.1,
+    num_workers: int = 1,
 ) -> PretokenizedLoader:
     """A loader of windows of ``sequence_length`` latent steps (not frames). split: "train" or "val", which share no episode whatever the
-    seed, or "all".
+    seed, or "all". num_workers: threads that make batches ahead, in the same order whatever their number; 0: none.
 
-    Raises ``ValueError`` for an unknown split, a missing or damaged store, or a store that cannot be split.
+    ``data_path`` may also be a folder that the predecessor wrote: see ``open_latents``. Raises ``ValueError`` for an unknown split, a
+    missing or damaged store, or a store that cannot be split.
     """
     if split not in ("train", "val", "all"):
         raise ValueError(f"split is {split!r}; expected 'train', 'val' or 'all'")
-    store = data_path if isinstance(data_path, LatentStore) else LatentStore(data_path)
+    store = data_path if isinstance(data_path, LatentStore) else open_latents(data_path)
     episodes = None
     if split != "all":
         episodes = split_episodes(len(store), val_fraction)[0 if split == "train" else 1]
-    return PretokenizedLoader(PretokenizedDataset(store, sequence_length, episodes), batch_size, seed, start_step)
+    return PretokenizedLoader(PretokenizedDataset(store, sequence_length, episodes), batch_size, seed, start_step, num_workers)

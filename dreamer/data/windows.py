@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Integer
+
+BLOCK = 4096  # places of an epoch that are permuted at once: numpy's cost is by call, not by number
 
 
 class WindowSampler:
@@ -46,6 +49,7 @@ class WindowSampler:
         self.num_windows = int(self._ends[-1])
         if self.num_windows == 0:
             raise ValueError(f"a window of {window} is longer than every episode (the longest has {lengths.max()}); use a shorter window")
+        self._order = lru_cache(maxsize=8)(self._permuted_block)  # neighbouring batches share their blocks
         if short := int((counts == 0).sum()):
             warnings.warn(f"{short} of {len(counts)} episodes are shorter than the window of {window} and are left out", stacklevel=2)
 
@@ -64,11 +68,18 @@ class WindowSampler:
         """The (episode, start) of each row of this rank's batch at ``step`` >= 0."""
         position = (step * self.world + self.rank) * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(position, self.num_windows)
+        blocks, offsets = np.divmod(places, BLOCK)
         index = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            index[epochs == epoch] = permute(places[epochs == epoch], self.num_windows, (self.seed, int(epoch)))
+        for epoch, block in set(zip(epochs.tolist(), blocks.tolist(), strict=True)):
+            here = (epochs == epoch) & (blocks == block)
+            index[here] = self._order(epoch, block)[offsets[here]]
         episodes, starts = self.windows(index)
         return list(zip(episodes.tolist(), starts.tolist(), strict=True))
+
+    def _permuted_block(self, epoch: int, block: int) -> Integer[np.ndarray, " K"]:
+        """The windows at the places ``BLOCK * block`` and on of an epoch."""
+        places = np.arange(BLOCK * block, min(BLOCK * (block + 1), self.num_windows))
+        return permute(places, self.num_windows, (self.seed, epoch))
 
 
 def permute(index: Integer[np.ndarray, " K"], size: int, key: tuple[int, ...]) -> Integer[np.ndarray, " K"]:

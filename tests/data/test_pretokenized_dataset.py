@@ -1,5 +1,6 @@
 import itertools
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from dreamer.data import (
     LatentStore,
+    LatentWriter,
     PretokenizedDataset,
     batches,
     create_pretokenized_dataloader,
@@ -188,7 +190,75 @@ def test_dataloader_runs_epochs_and_resumes(make_latents):
     resumed = create_pretokenized_dataloader(store, batch_size=4, sequence_length=4, split="all", start_step=3)
     assert all(equal(a, b) for a, b in zip(first[3:], list(resumed), strict=True))
     assert resumed.step == len(loader)
-    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 4])
+def test_the_number_of_workers_changes_nothing(make_latents, num_workers):
+    """Also for an epoch that is left in its middle and resumed with another number of workers."""
+    store = make_latents()
+    options = {"batch_size": 4, "sequence_length": 4, "split": "all", "seed": 3}
+    alone = create_pretokenized_dataloader(store, **options)
+    whole = [*alone, *alone]
+    loader = create_pretokenized_dataloader(store, **options, num_workers=num_workers)
+    several = [batch for batch, _ in zip(loader, range(3), strict=False)]
+    resumed = create_pretokenized_dataloader(store, **options, num_workers=num_workers + 1, start_step=3)
+    several += [*resumed, *resumed]
+    assert len(several) == len(whole) > 8
+    assert all(equal(a, b) for a, b in zip(whole, several, strict=True))
+    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        create_pretokenized_dataloader(store, num_workers=-1)
+
+
+def test_batches_are_what_the_store_holds(make_latents):
+    """Every row of every batch, gathered, against the rows of the store, one by one."""
+    dataset = PretokenizedDataset(make_latents([20, 9, 31], stride=3), 3)
+    rows = [(0, 0), (2, 4), (1, 1), (0, 4), (2, 0)]
+    batch = dataset.batch(rows)
+    for row, (episode, start) in enumerate(rows):
+        found = dataset.store.arrays(episode)
+        window = slice(start, start + 3)
+        for name in ("latents", "actions", "action_mask", "rewards", "terminals"):
+            assert np.array_equal(getattr(batch, name)[row].numpy(), found[name][window]), name
+        for t in range(3):
+            before = start + t - 1
+            known = found["action_mask"][before] if before >= 0 else np.zeros(3, bool)
+            actions = found["actions"][before] if before >= 0 else np.zeros((3, 4), np.float32)
+            assert np.array_equal(batch.prev_action_mask[row, t].numpy(), known)
+            assert np.array_equal(batch.prev_actions[row, t].numpy(), actions)
+    assert all(value.is_contiguous() for value in vars(batch).values())
+
+
+def test_memory_stays_flat_over_an_epoch(tmp_path, space):
+    """An epoch of a store of 32 MB, with a bound of 8 MB on what Python and NumPy hold at any time."""
+    steps, rng = 125, np.random.default_rng(0)
+    with LatentWriter(
+        tmp_path,
+        action_space=space,
+        tokenizer_fingerprint="any",
+        token_grid=(16, 16),
+        latent_channels=16,
+        temporal_stride=1,
+        source_fingerprint="",
+    ) as writer:
+        for _ in range(16):
+            latents = rng.standard_normal((steps, 256, 16), np.float32)
+            actions = np.zeros((steps, 1, 4), np.float32)
+            writer.add(latents, actions, np.ones((steps, 1), bool), np.zeros(steps, np.float32), np.zeros(steps, bool))
+    loader = create_pretokenized_dataloader(tmp_path, batch_size=8, sequence_length=5, split="all", num_workers=2)
+    assert sum(shard.arrays["latents"].nbytes for shard in loader.dataset.store.shards) > 32e6
+    tracemalloc.start()
+    rows, peaks = 0, []
+    for batch in loader:
+        rows += len(batch.latents)
+        if rows % 160 == 0:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
+    tracemalloc.stop()
+    assert rows == len(loader) * 8 > 1900 and len(peaks) > 10
+    assert max(peaks) < 8e6
+    assert max(peaks[len(peaks) // 2 :]) < 1.3 * max(peaks[: len(peaks) // 2])
 
 
 def test_frame_batches(make_store):

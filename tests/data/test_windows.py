@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamer.data.windows import WindowSampler, permute
+from dreamer.data.windows import BLOCK, WindowSampler, permute
 
 
 def sampler(lengths=(5, 9, 3), window=3, batch_size=4, seed=0, **options) -> WindowSampler:
@@ -44,6 +44,14 @@ def test_rows_are_a_function_of_seed_and_step():
     stream = [row for rows in forward for row in rows]
     epochs = [stream[i * one.num_windows : (i + 1) * one.num_windows] for i in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_an_order_that_is_made_block_by_block_is_the_whole_one():
+    size = 2 * BLOCK + 100
+    drawn = sampler((size,), window=1, batch_size=37, seed=5)
+    order = [*permute(np.arange(size), size, (5, 0)), *permute(np.arange(size), size, (5, 1))]
+    for step in [0, 1, BLOCK // 37, 2 * BLOCK // 37, size // 37, size // 37 + 1, 110, 0]:
+        assert [start for _, start in drawn.rows(step)] == order[37 * step : 37 * step + 37]
 
 
 @pytest.mark.parametrize("world", [2, 4])

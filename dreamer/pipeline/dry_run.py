@@ -1,0 +1,324 @@
+"""What training one part would take, before anything is trained: shapes, parameters, FLOPs, memory, and which cards it fits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamer.config import DreamerConfig
+from dreamer.data import READERS, ActionCodec, EpisodeStore, LatentStore, make_reader
+from dreamer.data.pretokenized_dataset import long_batch_size
+from dreamer.data.shards import STORE_FILE
+from dreamer.envs import make_env
+from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper
+from dreamer.models.cosmos_weights import build_network
+from dreamer.pipeline.run import Run
+from dreamer.pipeline.step_cost import StepCost, num_bytes, simulate_step
+from dreamer.training.lengths import SequenceConfig
+from dreamer.training.loop import Phase, TrainConfig
+from dreamer.training.phase0 import Phase0
+from dreamer.training.phase1 import Phase1
+from dreamer.training.phase2 import Phase2
+from dreamer.training.phase3 import Phase3
+from dreamer.types import ActionSpace, Batch, FrameBatch
+
+CARDS = (8, 12, 24, 80)  # GB of 10^9 bytes; cards hold some more
+MARGIN, FIXED_MARGIN = 0.1, 1e9  # for what PyTorch's allocator cannot use, and for CUDA itself with its libraries
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the models are built for, and where that is known from."""
+
+    action_space: ActionSpace
+    token_grid: tuple[int, int]
+    latent_channels: int
+    actions_per_step: int
+    frame_shape: tuple[int, int, int]  # C, H, W
+    tokenizer: CausalTokenizer | CosmosTokenizerWrapper  # its weights have no content
+    sources: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kind of training step: its name, the share of all steps that are so, one of its batches, and what else it depends on."""
+
+    name: str
+    share: float
+    batch: Callable[[], Batch | FrameBatch]
+    number: int = 0
+    num_uniform_rows: int = 0  # rows that are not drawn as relevant ones
+    carried: Callable[[], dict[str, Tensor]] = dict  # what the phase carries over from the step before
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a part trains: the phase, how, and on what."""
+
+    build: Callable[[], Phase]
+    train: TrainConfig
+    steps: tuple[Step, ...]
+
+
+def dry_run(config: DreamerConfig, part: str) -> str:
+    """A page of text on ``dreamer train part``. Nothing is trained, written or kept in memory, and no data have to be there.
+
+    The action space comes from the run's latents or episodes, else from the reader of its recordings, else from the environment.
+    Raises ``ValueError`` if none of them tells, and for a part that this config does not train.
+    """
+    inputs = find_inputs(Run(config.model_copy(update={"device": "cpu", "threads": None})))
+    plan = make_plan(config, part, inputs)
+    costs = [
+        simulate_step(plan.build, s.batch, plan.train, step=s.number, whole_number=s.num_uniform_rows, carried=s.carried)
+        for s in plan.steps
+    ]
+    with torch.device("meta"):
+        phase = plan.build()
+    tokenizer = None if part == "tokenizer" else inputs.tokenizer
+    return "\n".join(
+        [
+            f"dry run of {part}, {plan.train.steps} steps in {plan.train.precision}",
+            *_inputs_text(inputs, plan),
+            *_parameters_text(count_parameters(phase, tokenizer)),
+            *_flops_text(plan, costs),
+            *_memory_text(plan, costs, num_bytes(phase.model.state_dict().values()), frozen_bytes(tokenizer)),
+        ]
+    )
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_inputs(run: Run) -> Inputs:
+    """Shapes and actions from the latents, where there are some, else from the tokenizer's settings and the recordings."""
+    cosmos = run.config.cosmos_tokenizer
+    latents = LatentStore(run.latents_path, allow_partial=True) if (run.latents_path / STORE_FILE).exists() else None
+    if latents is not None and cosmos.enabled:
+        space, frame_shape, source = latents.action_space, (3, *cosmos.frame_size), ""
+    else:
+        space, frame_shape, source = _recordings(run)
+    with torch.device("meta"):
+        network: Any = build_network({}) if cosmos.enabled else CausalTokenizer(run.config.tokenizer, frame_shape)
+    tokenizer: CausalTokenizer | CosmosTokenizerWrapper = CosmosTokenizerWrapper(cosmos, network) if cosmos.enabled else network
+    if latents is not None:
+        return Inputs(
+            latents.action_space,
+            latents.token_grid,
+            latents.latent_channels,
+            latents.actions_per_step,
+            frame_shape,
+            tokenizer,
+            f"latents and actions as in {run.latents_path}",
+        )
+    told = f"latents as {'cosmos_tokenizer' if cosmos.enabled else 'tokenizer'} says, actions as in {source}"
+    return Inputs(space, tokenizer.token_grid, tokenizer.latent_channels, tokenizer.temporal_stride, frame_shape, tokenizer, told)
+
+
+def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:
+    """Action space and frame shape of the episodes, of the recordings that will be imported, or of the environment that will be played."""
+    recordings, env = run.config.data.recordings, run.config.env
+    if (run.episodes_path / STORE_FILE).exists() or (recordings is not None and recordings.reader == "store"):
+        store = EpisodeStore(run.episodes_path)
+        channels, height, width = store.frame_shape
+        return store.action_space, (channels, height, width), str(run.episodes_path)
+    if recordings is not None:
+        name, path = recordings.reader, recordings.path
+        # a format that has one action space needs no files; the others say what they miss
+        make = READERS[name] if name in READERS and not path.exists() else functools.partial(make_reader, name)
+        reader = make(path, **recordings.options)
+        size = getattr(reader, "size", None)
+        height, width = size or reader.read(reader.find(path)[0]).frames.shape[2:]
+        return reader.action_space, (3, height, width), f"recordings of the format {name}"
+    if env is None:
+        raise ValueError(f"{run.episodes_path}: no episodes here, and no data.recordings or env are set that would tell the frames' size")
+    made = make_env(env.name, **env.options)
+    space, (height, width, channels) = ActionCodec(made.action_space).space, made.observation_space.sample().shape
+    made.close()
+    return space, (channels, height, width), f"the environment {env.name}"
+
+
+# ---- what is trained ------------------------------------------------------------------------------------------------------------
+
+
+def make_plan(config: DreamerConfig, part: str, inputs: Inputs) -> Plan:
+    """The phase that ``part`` trains, with its kinds of steps."""
+
+    def agent() -> Agent:
+        return Agent(
+            config.agent,
+            action_space=inputs.action_space,
+            token_grid=inputs.token_grid,
+            latent_channels=inputs.latent_channels,
+            actions_per_step=inputs.actions_per_step,
+        )
+
+    if part == "tokenizer":
+        if config.cosmos_tokenizer.enabled:
+            raise ValueError("cosmos_tokenizer.enabled is true; a dry run of the part tokenizer knows the causal tokenizer alone")
+        phase0 = config.phase0
+        shape = (phase0.train.batch_size, phase0.num_frames, *inputs.frame_shape)
+        batch = Step("batch", 1.0, lambda: FrameBatch(torch.zeros(shape, dtype=torch.uint8)))
+        # the perceptual loss needs weights that may not be here, and is left out
+        return Plan(lambda: Phase0(CausalTokenizer(config.tokenizer, inputs.frame_shape), phase0, lambda: ()), phase0.train, (batch,))
+    if part == "phase1":
+        phase1 = config.phase1
+        return Plan(lambda: Phase1(agent(), phase1.shortcut), phase1.train, _steps(inputs, phase1, phase1.train.batch_size))
+    if part in ("phase2", "bc_long"):
+        phase2 = config.phase2
+        steps = _steps(inputs, phase2, phase2.train.batch_size, phase2.relevant.fraction)
+        return Plan(lambda: Phase2(agent(), phase2.shortcut, phase2.loss), phase2.train, steps)
+    if part == "phase3":
+        phase3 = config.phase3.imagination
+        every = phase3.updates_per_rollout
+        dreaming = -(-phase3.value_only_steps // every) * every  # a step that dreams anew, late enough that the policy learns too
+        batch = _batch(inputs, config.phase3.train.batch_size, phase3.rollout.context)
+        before = _imagined(inputs, config, config.phase3.train.batch_size)
+        steps = [Step(f"batch from which {phase3.rollout.horizon} steps are imagined", 1 / every, batch, dreaming, carried=before)]
+        if every > 1:
+            name = "batch that is not read: what was imagined before serves again"
+            steps.append(Step(name, 1 - 1 / every, batch, dreaming + 1, carried=before))
+        return Plan(lambda: Phase3(agent(), phase3), config.phase3.train, tuple(steps))
+    raise ValueError(f"no part is called {part!r}; expected tokenizer, phase1, phase2, bc_long or phase3")
+
+
+def _steps(inputs: Inputs, config: SequenceConfig, batch_size: int, relevant_fraction: float = 0.0) -> tuple[Step, ...]:
+    """Steps on short rows, and those on long ones, where there are such."""
+
+    def step(name: str, share: float, rows: int, length: int) -> Step:
+        num_relevant = round(relevant_fraction * rows)
+        return Step(name, share, _batch(inputs, rows, length), num_uniform_rows=rows - num_relevant or rows)
+
+    short, long = config.sequence_length, config.long_sequence_length
+    if long is None:
+        return (step("batch", 1.0, batch_size, short),)
+    some = step("batch of long rows", 1 / config.long_every, long_batch_size(batch_size, short, long), long)
+    return (step("batch", 1 - some.share, batch_size, short), some) if some.share < 1 else (some,)
+
+
+def _batch(inputs: Inputs, rows: int, length: int) -> Callable[[], Batch]:
+    actions = (rows, length, inputs.actions_per_step)
+
+    def make() -> Batch:
+        return Batch(
+            latents=torch.zeros(rows, length, inputs.token_grid[0] * inputs.token_grid[1], inputs.latent_channels),
+            prev_actions=torch.zeros(*actions, inputs.action_space.num_columns),
+            prev_action_mask=torch.zeros(actions, dtype=torch.bool),
+            actions=torch.zeros(*actions, inputs.action_space.num_columns),
+            action_mask=torch.zeros(actions, dtype=torch.bool),
+            rewards=torch.zeros(rows, length),
+            terminals=torch.zeros(rows, length, dtype=torch.bool),
+            task=torch.zeros(rows, dtype=torch.long),
+            has_rewards=torch.zeros(rows, dtype=torch.bool),
+            is_relevant=torch.zeros(rows, dtype=torch.bool),
+        )
+
+    return make
+
+
+def _imagined(inputs: Inputs, config: DreamerConfig, rows: int) -> Callable[[], dict[str, Tensor]]:
+    """A ``Trajectory`` as phase 3 carries it."""
+    horizon, width = config.phase3.imagination.rollout.horizon, config.agent.dynamics.transformer.width
+
+    def make() -> dict[str, Tensor]:
+        return {
+            "features": torch.zeros(rows, horizon + 1, width),
+            "actions": torch.zeros(rows, horizon, inputs.actions_per_step, inputs.action_space.num_columns),
+            "rewards": torch.zeros(rows, horizon),
+            "continues": torch.zeros(rows, horizon),
+            "latents": torch.zeros(rows, horizon + 1, inputs.token_grid[0] * inputs.token_grid[1], inputs.latent_channels),
+            "has_ended": torch.zeros(rows, dtype=torch.bool),
+        }
+
+    return make
+
+
+def count_parameters(phase: Phase, tokenizer: nn.Module | None) -> dict[str, tuple[int, int]]:
+    """Trainable and frozen parameters of each part. ``tokenizer``: one that is in memory beside the phase, frozen."""
+    counts: dict[str, tuple[int, int]] = {}
+
+    def add(part: str, parameter: Tensor, is_trainable: bool) -> None:
+        trainable, frozen = counts.get(part, (0, 0))
+        counts[part] = (trainable + parameter.numel() * is_trainable, frozen + parameter.numel() * (not is_trainable))
+
+    for parameter in tokenizer.parameters() if tokenizer is not None else ():
+        add("tokenizer", parameter, False)
+    for name, parameter in phase.named_parameters():
+        owner, part, *_ = name.split(".")
+        if not isinstance(phase.model, Agent):
+            part = "tokenizer"
+        elif owner == "model":
+            part = "dynamics" if part == "dynamics" else "heads"
+        else:
+            part = "prior policy"
+        add(part, parameter, parameter.requires_grad)
+    return counts
+
+
+def frozen_bytes(tokenizer: nn.Module | None) -> int:
+    """Memory of a tokenizer that is there to decode; Cosmos computes in bf16 on a GPU."""
+    if isinstance(tokenizer, CosmosTokenizerWrapper):
+        return 2 * sum(p.numel() for p in tokenizer.parameters())
+    return num_bytes(tokenizer.state_dict().values()) if tokenizer is not None else 0
+
+
+# ---- in words -------------------------------------------------------------------------------------------------------------------
+
+
+def _inputs_text(inputs: Inputs, plan: Plan) -> list[str]:
+    lines = [inputs.sources]
+    for step in plan.steps:
+        with torch.device("meta"):
+            batch = step.batch()
+        lines += ["", step.name + (f" ({step.share:.1%} of the steps)" if len(plan.steps) > 1 else "")]
+        for name in ("frames",) if isinstance(batch, FrameBatch) else ("latents", "prev_actions", "actions", "rewards"):
+            tensor = getattr(batch, name)
+            lines.append(f"  {name:<16}{tuple(tensor.shape)!s:<26}{str(tensor.dtype).removeprefix('torch.')}")
+    return lines
+
+
+def _parameters_text(counts: dict[str, tuple[int, int]]) -> list[str]:
+    total = (sum(trainable for trainable, _ in counts.values()), sum(frozen for _, frozen in counts.values()))
+    rows = [f"  {part:<16}{trainable:>16,}{frozen:>16,}" for part, (trainable, frozen) in (counts | {"all": total}).items()]
+    return ["", f"{'parameters':<18}{'trainable':>16}{'frozen':>16}", *rows]
+
+
+def _flops_text(plan: Plan, costs: list[StepCost]) -> list[str]:
+    mean = sum(step.share * cost.flops for step, cost in zip(plan.steps, costs, strict=True))
+    batches = f", {plan.train.accumulate} batches" if plan.train.accumulate > 1 else ""
+    return [
+        "",
+        f"{'FLOPs of a step':<18}{mean / 1e12:>16.4g} TFLOP (forward, backward, optimiser{batches})",
+        f"{'of all steps':<18}{mean * plan.train.steps / 1e15:>16.4g} PFLOP",
+    ]
+
+
+def _memory_text(plan: Plan, costs: list[StepCost], model_bytes: int, tokenizer_bytes: int) -> list[str]:
+    worst = max(costs, key=lambda cost: cost.peak)
+    weights = worst.weights + tokenizer_bytes
+    # a checkpoint is written with the training weights set aside, from a copy of the whole model
+    moments = {
+        "a step": worst.peak + tokenizer_bytes,
+        "saving": weights + worst.optimizer + worst.average + worst.gradients + model_bytes,
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    needed = moments[moment] * (1 + MARGIN) + FIXED_MARGIN
+    told = {
+        "weights": weights,
+        "gradients": worst.gradients,
+        "optimizer state": worst.optimizer,
+        "weights' average": worst.average,
+        "activations": worst.saved,
+    }
+    lines = [f"  {name:<16}{num / 1e9:>16.3f}" for name, num in told.items()]
+    lines += [f"  {f'most, in {moment}':<16}{moments[moment] / 1e9:>14.3f}  with what operations need in between"]
+    lines += [f"  {'with a margin':<16}{needed / 1e9:>16.3f}  {MARGIN:.0%} for the allocator, {FIXED_MARGIN / 1e9:.0f} GB for CUDA"]
+    verdicts = [
+        f"  {f'{card} GB':<16}{f'fits, {left:.1f} GB left' if (left := card - needed / 1e9) >= 0 else f'too small by {-left:.1f} GB'}"
+        for card in CARDS
+    ]
+    return ["", f"{'memory':<18}{'GB':>16}", *lines, "", "cards", *verdicts]

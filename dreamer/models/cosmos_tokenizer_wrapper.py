@@ -67,6 +67,7 @@ class CosmosTokenizerConfig(Config):
 class CosmosTokenizerWrapper(nn.Module):
     """Implements ``dreamer.types.Tokenizer``. Frozen: no gradients, always in eval mode; bf16 on CUDA, fp32 elsewhere."""
 
+    can_decode_windows = True  # decode takes is_start
     latent_mean: Tensor  # (2, channels): a video's first latent step, the rest
     latent_std: Tensor
 
@@ -83,7 +84,7 @@ class CosmosTokenizerWrapper(nn.Module):
                 f"{settings.spatial_compression_ratio}x in space; expected CV8x8x8"
             )
         self.config, self.network = config, network
-        self.frame_shape = (3, *config.frame_size)
+        self.frame_shape: tuple[int, int, int] = (3, *config.frame_size)
         self.position_grid = (config.upsampled_size[0] // STRIDE, config.upsampled_size[1] // STRIDE)
         self.temporal_stride = STRIDE if config.time_mode == "video" else 1
         self.can_decode = config.spatial_mode != "mean"

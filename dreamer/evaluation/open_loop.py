@@ -25,6 +25,7 @@ from dreamer.evaluation.video import (
     score_open_loop,
 )
 from dreamer.imagination import Sampler
+from dreamer.imagination.tokenizers import decode_windows, decodes_windows
 from dreamer.models import Agent
 from dreamer.types import Batch, Config, Tokenizer
 
@@ -40,34 +41,38 @@ class WorldModelEvaluationConfig(Config):
 
 @dataclass(frozen=True)
 class Windows:
-    """The same windows as frames and as latents; ``episodes`` says where each comes from."""
+    """The same windows as frames and as latents. A window of T latent steps from step t on of its episode shows the frames Pt .. P(t+T-1):
+    of its first step the last frame, of every other all P."""
 
     frames: UInt8[Tensor, "B F C H W"]
     batch: Batch
-    episodes: Int[np.ndarray, " B"]
+    episodes: Int[np.ndarray, " B"]  # that each comes from
+    is_start: Bool[Tensor, " B"]  # begins at its episode's start
 
 
-def draw_windows(frames: EpisodeStore, latents: LatentStore, episodes: Ids, *, num_steps: int, num_windows: int, seed: int) -> Windows:
+def draw_windows(
+    frames: EpisodeStore, latents: LatentStore, episodes: Ids, *, tokenizer: Tokenizer, num_steps: int, num_windows: int, seed: int
+) -> Windows:
     """``num_windows`` windows of ``num_steps`` latent steps, spread evenly over ``episodes``, at places that ``seed`` decides.
 
-    With a temporal stride above 1 every window begins at its episode's start, where decoding can begin. Raises ``ValueError`` if no
-    episode is long enough.
+    Steps that the end of an episode left unfinished are in no window. A tokenizer that cannot decode from within an episode gets windows
+    that begin at the episode's start. Raises ``ValueError`` if no episode is long enough.
     """
-    ids = np.asarray(episodes)
-    long = ids[latents.lengths[ids] >= num_steps]
+    ids, stride = np.asarray(episodes), latents.temporal_stride
+    num_whole = 1 + (frames.lengths - 1) // stride  # latent steps that all their frames are there for
+    long = ids[num_whole[ids] >= num_steps]
     if len(long) == 0:
-        longest = int(latents.lengths[ids].max(initial=0))
+        longest = int(num_whole[ids].max(initial=0))
         raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest held-out episode has {longest}")
     rng = np.random.default_rng(seed)
     if len(long) == 2:  # an odd number could not trade actions between the two
         num_windows -= num_windows % 2
     chosen = np.resize(rng.permutation(long), num_windows)
-    stride = latents.temporal_stride
-    starts = [int(rng.integers(latents.lengths[e] - num_steps + 1)) if stride == 1 else 0 for e in chosen]
+    starts = [int(rng.integers(num_whole[e] - num_steps + 1)) if decodes_windows(tokenizer) else 0 for e in chosen]
     rows = list(zip(chosen.tolist(), starts, strict=True))
-    pictures = [frames.frames(e, start, start + 1 + stride * (num_steps - 1)) for e, start in rows]
+    pictures = [frames.frames(e, stride * start, stride * (start + num_steps - 1) + 1) for e, start in rows]
     batch = PretokenizedDataset(latents, num_steps, long).batch(rows)
-    return Windows(torch.from_numpy(np.stack(pictures)), batch, chosen)
+    return Windows(torch.from_numpy(np.stack(pictures)), batch, chosen, torch.tensor(starts) == 0)
 
 
 def other_episodes(episodes: Int[np.ndarray, " B"], generator: torch.Generator) -> Int[Tensor, " B"]:
@@ -88,6 +93,7 @@ def dream(
     sampler: Sampler,
     tokenizer: Tokenizer,
     batch: Batch,
+    is_start: Bool[Tensor, " B"],
     context: int,
     prev_actions: Float[Tensor, "B T P A"],
     prev_action_mask: Bool[Tensor, "B T P"],
@@ -102,13 +108,17 @@ def dream(
         past = batch.latents[rows, :context].to(device)
         actions, known = prev_actions[rows].to(device), prev_action_mask[rows].to(device)
         dreamed = sampler.generate(past, actions, known, task=batch.task[rows].to(device), generator=generator)
-        clips.append(tokenizer.decode(torch.cat([past, dreamed], dim=1)).cpu())
+        clips.append(decode_windows(tokenizer, torch.cat([past, dreamed], dim=1), is_start[rows]).cpu())
     return torch.cat(clips)
 
 
 @torch.no_grad()
-def decode(tokenizer: Tokenizer, latents: Float[Tensor, "B T N Z"], device: torch.device) -> UInt8[Tensor, "B F C H W"]:
-    return torch.cat([tokenizer.decode(part.to(device)).cpu() for part in latents.split(BATCH)])
+def decode(
+    tokenizer: Tokenizer, latents: Float[Tensor, "B T N Z"], is_start: Bool[Tensor, " B"], device: torch.device
+) -> UInt8[Tensor, "B F C H W"]:
+    """Frames of windows; ``is_start`` as in ``Windows``."""
+    parts = zip(latents.split(BATCH), is_start.split(BATCH), strict=True)
+    return torch.cat([decode_windows(tokenizer, part.to(device), begins).cpu() for part, begins in parts])
 
 
 @torch.no_grad()
@@ -118,17 +128,17 @@ def predict(agent: Agent, tokenizer: Tokenizer, sampler: Sampler, windows: Windo
     Shuffled: the actions after the context are those of another episode (left out where there is only one episode); both dreams
     start from the same noise.
     """
-    batch = windows.batch
+    batch, is_start = windows.batch, windows.is_start
     first = 1 + tokenizer.temporal_stride * (context - 1)  # frames of the context
     horizon = windows.frames.shape[1] - first
-    clips = {TRUE_ACTIONS: dream(sampler, tokenizer, batch, context, batch.prev_actions, batch.prev_action_mask, seed)}
+    clips = {TRUE_ACTIONS: dream(sampler, tokenizer, batch, is_start, context, batch.prev_actions, batch.prev_action_mask, seed)}
     if len(np.unique(windows.episodes)) > 1:
         other = other_episodes(windows.episodes, torch.Generator().manual_seed(seed))
         actions, known = batch.prev_actions.clone(), batch.prev_action_mask.clone()
         actions[:, context:], known[:, context:] = actions[other, context:], known[other, context:]
-        clips[SHUFFLED_ACTIONS] = dream(sampler, tokenizer, batch, context, actions, known, seed)
+        clips[SHUFFLED_ACTIONS] = dream(sampler, tokenizer, batch, is_start, context, actions, known, seed)
     clips[COPY_LAST_FRAME] = torch.cat([windows.frames[:, :first], copy_last_frame(windows.frames[:, :first], horizon)], dim=1)
-    clips[RECONSTRUCTION] = decode(tokenizer, batch.latents, agent.dynamics.device)
+    clips[RECONSTRUCTION] = decode(tokenizer, batch.latents, is_start, agent.dynamics.device)
     return clips
 
 

@@ -1,9 +1,12 @@
-"""A trained agent that acts on real frames: tokenizer, dynamics and policy head, a step at a time."""
+"""A trained agent that acts on real frames: tokenizer, dynamics and policy head, a latent step at a time.
+
+Shape letters: B environments, b those of a group, P frames per latent step, C H W pixels, A action columns.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,61 +14,34 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from dreamer.imagination.sampler import Sampler, SamplerConfig, SamplerState
+from dreamer.imagination.tokenizers import StreamCache, require_streaming
 from dreamer.models import Agent
-from dreamer.models.transformer import TimeCache
 from dreamer.types import Tokenizer
 
 Mode = Literal["sampled", "argmax"]
 
 
-@runtime_checkable
-class StreamingTokenizer(Tokenizer, Protocol):
-    """A tokenizer that encodes and decodes long videos piece by piece; ``cache`` holds what came before."""
-
-    def encode(self, frames: UInt8[Tensor, "B F C H W"], cache: Any = None) -> Float[Tensor, "B T N Z"]: ...
-
-    def decode(self, latents: Float[Tensor, "B T N Z"], cache: Any = None) -> UInt8[Tensor, "B F C H W"]: ...
-
-    def new_cache(self, batch_size: int, part: Literal["encoder", "decoder"]) -> TimeCache: ...
-
-
-def require_streaming(tokenizer: Tokenizer, agent: Agent) -> StreamingTokenizer:
-    """The same tokenizer. Raises ``ValueError`` unless it can follow a video frame by frame, one action each."""
-    if tokenizer.temporal_stride != 1 or agent.dynamics.actions_per_step != 1 or not tokenizer.can_stream:
-        raise ValueError(
-            f"tokenizer: temporal stride {tokenizer.temporal_stride}, streaming {tokenizer.can_stream}, {agent.dynamics.actions_per_step} "
-            "actions a latent step; acting frame by frame needs stride 1, streaming and one action a step"
-        )
-    return cast(StreamingTokenizer, tokenizer)
-
-
 @dataclass
 class _Group:
-    """Environments whose episodes began at the same step, and what the models remember of them."""
+    """Environments whose episodes began at the same frame, and what the models remember of them."""
 
     slots: Int[np.ndarray, " b"]
-    encoder: TimeCache
+    encoder: StreamCache
     dream: SamplerState
+    frames: list[UInt8[Tensor, "b 3 H W"]] = field(default_factory=list)  # seen since the last latent step
 
     def without(self, left: Bool[np.ndarray, " b"]) -> _Group:
         rows = torch.from_numpy(np.flatnonzero(~left))
-        state = self.dream
-        return _Group(
-            self.slots[~left],
-            _rows(self.encoder, rows, len(left)),
-            SamplerState(_rows(state.cache, rows, len(left)), state.generator, state.task[rows.to(state.task.device)]),
-        )
-
-
-def _rows(cache: TimeCache, rows: Tensor, batch_size: int) -> TimeCache:
-    """The cache of some rows of a batch. A tokenizer may split each row into several: these follow one another."""
-    rows = rows.to(cache.slot_step.device)
-    keys, values = ([x.unflatten(0, (batch_size, -1))[rows].flatten(0, 1) for x in part] for part in (cache.keys, cache.values))
-    return TimeCache(keys, values, cache.slot_step.clone(), cache.next_step)
+        state, here = self.dream, rows.to(self.dream.task.device)
+        dream = SamplerState(state.cache.rows(rows), state.generator, state.task[here])
+        return _Group(self.slots[~left], self.encoder.rows(rows), dream, [frame[here] for frame in self.frames])
 
 
 class AgentPolicy:
     """Implements ``evaluation.agent.BatchPolicy``: several environments at once, each with its own past.
+
+    With P frames a latent step, step t is finished at frame Pt (step 0 is frame 0 alone). There the agent looks and chooses the actions of
+    the frames Pt .. Pt+P-1, which are played without looking again; an agent of one action a step holds it for the P frames.
 
     Environments that started together share one batch, so that the usual case (episodes of one length) costs one pass a step.
     """
@@ -77,10 +53,11 @@ class AgentPolicy:
         self.device = agent.dynamics.device
 
     def reset(self, num_envs: int, seed: int) -> None:
+        num_actions = self.agent.dynamics.actions_per_step
         self._generator = torch.Generator(self.device).manual_seed(seed)
         self._groups: list[_Group] = []
-        self._actions = torch.zeros(num_envs, 1, self.agent.action_space.num_columns, device=self.device)
-        self._known = torch.zeros(num_envs, 1, dtype=torch.bool, device=self.device)
+        self._actions = torch.zeros(num_envs, num_actions, self.agent.action_space.num_columns, device=self.device)
+        self._known = torch.zeros(num_envs, num_actions, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
     def act(self, frames: UInt8[np.ndarray, "B 3 H W"], is_first: Bool[np.ndarray, " B"]) -> Float[np.ndarray, "B A"]:
@@ -88,15 +65,25 @@ class AgentPolicy:
         self._regroup(is_first)
         pictures = torch.from_numpy(np.ascontiguousarray(frames)).to(self.device)
         out = np.zeros((len(frames), self.agent.action_space.num_columns), np.float32)
+        stride = self.tokenizer.temporal_stride
         for group in self._groups:
             slots = torch.from_numpy(group.slots).to(self.device)
-            latents = self.tokenizer.encode(pictures[slots].unsqueeze(1), cache=group.encoder)
-            features = self.sampler.observe(group.dream, latents, self._actions[slots].unsqueeze(1), self._known[slots].unsqueeze(1))
-            policy = self.agent.policy.now(features[:, 0])
-            actions = policy.mode() if self.mode == "argmax" else policy.sample(self._generator)
-            self._actions[slots], self._known[slots] = actions, True
-            out[group.slots] = actions[:, 0].cpu().numpy()
+            group.frames.append(pictures[slots])
+            is_start = group.dream.cache.next_step == 0
+            if len(group.frames) == (1 if is_start else stride):
+                self._decide(group, slots)
+            place = len(group.frames) * self._actions.shape[1] // stride  # an only action is held
+            out[group.slots] = self._actions[slots, place].cpu().numpy()
         return out
+
+    def _decide(self, group: _Group, slots: Int[Tensor, " b"]) -> None:
+        """Take in the latent step that the group's frames make, with the actions that led there, and choose those that follow."""
+        latents = self.tokenizer.encode(torch.stack(group.frames, dim=1), cache=group.encoder)
+        group.frames = []
+        features = self.sampler.observe(group.dream, latents, self._actions[slots].unsqueeze(1), self._known[slots].unsqueeze(1))
+        policy = self.agent.policy.now(features[:, 0])
+        self._actions[slots] = policy.mode() if self.mode == "argmax" else policy.sample(self._generator)
+        self._known[slots] = True
 
     def _regroup(self, is_first: Bool[np.ndarray, " B"]) -> None:
         """Slots whose episode begins leave their group and form a new one."""

@@ -11,6 +11,7 @@ Two layouts of the latent tokens:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable
 from typing import Literal
@@ -166,7 +167,8 @@ class CausalTokenizer(nn.Module):
         """State for encoding or decoding a long episode piece by piece, equal to doing it at once."""
         transformer = self.encoder if part == "encoder" else self.decoder
         blocks = self.token_grid[0] * self.token_grid[1] if self.config.layout == "aligned" else 1
-        return transformer.new_cache(batch_size * blocks, transformer.space_cos.shape[0])
+        cache = transformer.new_cache(batch_size * blocks, transformer.space_cos.shape[0])
+        return dataclasses.replace(cache, num_blocks=blocks)
 
     @torch.no_grad()
     def fit_normalization(self, batches: Iterable[UInt8[Tensor, "_ _ C H W"]]) -> None:

@@ -67,6 +67,7 @@ class CosmosTokenizerConfig(Config):
 class CosmosTokenizerWrapper(nn.Module):
     """Implements ``dreamer.types.Tokenizer``. Frozen: no gradients, always in eval mode; bf16 on CUDA, fp32 elsewhere."""
 
+    can_decode_windows = True  # decode takes is_start
     latent_mean: Tensor  # (2, channels): a video's first latent step, the rest
     latent_std: Tensor
 

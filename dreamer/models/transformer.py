@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -98,6 +98,13 @@ class TimeCache:
     values: list[Tensor]
     slot_step: Tensor  # (C,): the step that a slot holds, -1 where it is empty
     next_step: int = 0
+    num_blocks: int = 1  # rows of B that each video fills, side by side
+
+    def rows(self, rows: Int[Tensor, " b"]) -> TimeCache:
+        """The cache of some of the videos."""
+        rows = rows.to(self.slot_step.device)
+        keys, values = ([x.unflatten(0, (-1, self.num_blocks))[rows].flatten(0, 1) for x in part] for part in (self.keys, self.values))
+        return TimeCache(keys, values, self.slot_step.clone(), self.next_step, self.num_blocks)
 
     def advance(self, num_steps: int) -> None:
         """Mark ``num_steps`` steps as written."""

@@ -60,6 +60,7 @@ def evaluate_world_model(run: Run) -> bool:
         store,
         latents,
         run.split(len(latents))[1],
+        tokenizer=tokenizer,
         num_steps=sizes.context + sizes.horizon,
         num_windows=sizes.num_windows,
         seed=run.seed("evaluation"),
@@ -67,9 +68,9 @@ def evaluate_world_model(run: Run) -> bool:
     clips = predict(agent, tokenizer, Sampler(agent.dynamics, config.sampler), windows, sizes.context, run.seed("evaluation"))
     result = score(windows, clips, context=sizes.context, stride=latents.temporal_stride, fps=store.fps, seed=run.seed("evaluation"))
     kept = {f"dream/{name}": clip[: sizes.num_clips] for name, clip in clips.items()} | {"truth": windows.frames[: sizes.num_clips]}
-    first = windows.batch.latents[:NUM_RECONSTRUCTIONS, :1]
+    first, is_start = windows.batch.latents[:NUM_RECONSTRUCTIONS, :1], windows.is_start[:NUM_RECONSTRUCTIONS]
     kept["reconstruction/recorded"] = windows.frames[:NUM_RECONSTRUCTIONS, 0]
-    kept["reconstruction/decoded"] = decode(tokenizer, first, run.device)[:, 0]
+    kept["reconstruction/decoded"] = decode(tokenizer, first, is_start, run.device)[:, 0]
     _write_clips(clips_path, kept)
     write_json(path, {"inputs": inputs, "result": result.to_json()})
     run.save_config()

@@ -224,6 +224,7 @@ def _dream_hook(run: Run, agent: Agent, tokenizer: CausalTokenizer, latents: Lat
         store,
         latents,
         run.split(len(latents))[1],
+        tokenizer=tokenizer,
         num_steps=config.world_model.context + config.world_model.horizon,
         num_windows=NUM_DREAMS,
         seed=run.seed("dreams"),

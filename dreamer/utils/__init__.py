@@ -1,0 +1,1 @@
+"""Tools for looking into trained models. Each is also a command: ``python -m dreamer.utils.NAME``."""

@@ -104,7 +104,7 @@ def test_sampling_follows_its_seed(agent: Agent, tokenizer: CausalTokenizer) -> 
 
 def test_chunked_actions_are_refused(tokenizer: CausalTokenizer, agent: Agent) -> None:
     chunked = Agent(agent.config, action_space=SPACE, token_grid=(2, 2), latent_channels=3, actions_per_step=4)
-    with pytest.raises(ValueError, match="4 actions a latent step"):
+    with pytest.raises(ValueError, match="takes 4 actions a latent step of 1 frames; expected 1"):
         argmax(chunked, tokenizer)
 
 

@@ -58,7 +58,7 @@ def test_same_seed_same_dream(env: WorldModelEnv) -> None:
 def test_the_dream_depends_on_action_and_context(env: WorldModelEnv) -> None:
     first, _ = env.reset(seed=0, options={"context": 0})
     moved, reward, _, _, info = env.step(GO)
-    assert set(info) == {"value", "continue"} and 0 < info["continue"] < 1
+    assert set(info) == {"value", "continue", "frames"} and np.array_equal(info["frames"], moved[None]) and 0 < info["continue"] < 1
     env.reset(seed=0, options={"context": 0})
     stayed, other_reward, *_ = env.step(STAY)
     assert not np.array_equal(moved, stayed) and reward != other_reward

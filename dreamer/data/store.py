@@ -282,6 +282,11 @@ class LatentStore(ShardedStore):
         self.extra: dict[str, Any] = meta["extra"] or {}
         return _latent_rows(meta)
 
+    @property
+    def actions_per_step(self) -> int:
+        """P: actions of a latent step."""
+        return self.temporal_stride
+
     def latents(self, index: int, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "T N Z"]:
         """Latent steps ``start:stop`` of an episode, a read-only view in the stored dtype."""
         return self.arrays(index, start, stop)["latents"]

@@ -15,7 +15,7 @@ from dreamer.envs import make_env, make_player
 from dreamer.evaluation.agent import PolicyPlayer
 from dreamer.imagination import AgentPolicy, SamplerConfig
 from dreamer.imagination.policy import Mode
-from dreamer.models import Agent
+from dreamer.models import Agent, CausalTokenizer
 from dreamer.pipeline.run import Run
 from dreamer.training.models_io import load_agent, load_tokenizer
 from dreamer.training.record import record
@@ -100,12 +100,16 @@ def _told(space: ActionSpace, has_labels: bool) -> str:
 
 def pretokenize_latents(run: Run) -> bool:
     """Encode every episode with the run's tokenizer; goes on where an earlier call stopped."""
+    if not run.has_episodes:
+        return False
     store, tokenizer = run.episodes(), run.tokenizer()
     before = len(LatentStore(run.latents_path)) if (run.latents_path / STORE_FILE).exists() else 0
-    encoder = tokenizer.config.encoder
-    # a segment begins with as much past as its first kept frame can see through all time layers
-    time_layers = encoder.num_layers // encoder.time_every if encoder.time_every else 0
-    overlap = time_layers * (encoder.context_length - 1)
+    overlap = 0
+    if isinstance(tokenizer, CausalTokenizer):
+        encoder = tokenizer.config.encoder
+        # a segment begins with as much past as its first kept frame can see through all time layers
+        time_layers = encoder.num_layers // encoder.time_every if encoder.time_every else 0
+        overlap = time_layers * (encoder.context_length - 1)
     with _bar("pretokenize") as bar:
         pretokenize(
             store,

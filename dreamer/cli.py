@@ -49,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def train_script(part: str, config: Path, argv: Sequence[str] | None = None) -> int:
+    """``dreamer train PART`` as the scripts beside the package call it; ``config``: the settings if none are named."""
+    parser = Parser(description=f"dreamer train {part}; further arguments are passed on to it.", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=config, metavar="FILE", help=f"settings in YAML (default: {config})")
+    parser.add_argument("--data-path", metavar="DIR", help="latents that pretokenize_dataset.py made, for data.latents")
+    arguments, rest = parser.parse_known_args(argv)
+    latents = [] if arguments.data_path is None else [f"data.latents={json.dumps(arguments.data_path)}"]
+    return main(["train", part, "--config", str(arguments.config), *latents, *rest])
+
+
 def _one_line(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

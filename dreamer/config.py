@@ -52,7 +52,7 @@ class DreamerConfig(Config):
     run_dir: Path = Path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)  # of PyTorch on the CPU; null: as many as it likes
-    env: EnvConfig | None = EnvConfig()  # null: recordings only, no evaluation of the agent
+    env: EnvConfig | None = EnvConfig()  # null: recordings or latents only, no evaluation of the agent
     record: RecordConfig = RecordConfig()
     data: DataConfig = DataConfig()
     tokenizer: CausalTokenizerConfig = CausalTokenizerConfig()
@@ -69,18 +69,11 @@ class DreamerConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> DreamerConfig:
         """What would otherwise fail only when its phase begins, long after the start."""
-        if self.env is None and self.data.recordings is None:
-            raise ValueError("env is null and data.recordings too: there is nothing to learn from; set one of them")
+        if self.env is None and self.data.recordings is None and self.data.latents is None:
+            raise ValueError("env, data.recordings and data.latents are null: there is nothing to learn from; set one of them")
+        self._check_tokenizer()
         if self.env is not None:
-            try:
-                env_kind(self.env.name)
-            except ValueError as error:
-                raise ValueError(f"env.name: {error}") from None
-        if self.env is not None and self.evaluation.agent.scripted is not None:
-            try:
-                make_player(self.evaluation.agent.scripted, self.env.name)
-            except ValueError as error:
-                raise ValueError(f"evaluation.agent.scripted: {error}") from None
+            self._check_env(self.env)
         seen, finest = self.agent.dynamics.transformer.context_length, self.agent.dynamics.max_steps
         for key, steps in {
             "phase3.imagination.rollout.context": self.phase3.imagination.rollout.context,
@@ -110,6 +103,43 @@ class DreamerConfig(Config):
             if steps > finest:
                 raise ValueError(f"{key} is {steps}; agent.dynamics.max_steps is only {finest}")
         return self
+
+    def _check_env(self, env: EnvConfig) -> None:
+        try:
+            env_kind(env.name)
+        except ValueError as error:
+            raise ValueError(f"env.name: {error}") from None
+        if self.evaluation.agent.scripted is not None:
+            try:
+                make_player(self.evaluation.agent.scripted, env.name)
+            except ValueError as error:
+                raise ValueError(f"evaluation.agent.scripted: {error}") from None
+
+    def _check_tokenizer(self) -> None:
+        cosmos, adapt, num_frames = self.cosmos_tokenizer, self.phase0.cosmos.adapt, self.phase0.num_frames
+        if not cosmos.enabled:
+            if adapt != "none":
+                raise ValueError(f"phase0.cosmos.adapt is {adapt}, but cosmos_tokenizer.enabled is false: it would have no effect")
+            return
+        if self.tokenizer != CausalTokenizerConfig():
+            raise ValueError("cosmos_tokenizer.enabled is true, so that the section tokenizer has no effect; remove one of them")
+        if adapt != "none" and cosmos.spatial_mode == "mean":
+            raise ValueError(
+                f"phase0.cosmos.adapt is {adapt}, but what cosmos_tokenizer.spatial_mode mean keeps cannot be decoded, so that nothing "
+                "tells how to adapt; use spatial_mode project or none, or adapt none"
+            )
+        stride, longest = cosmos.temporal_stride, cosmos.reset_every
+        in_time = stride > 1 and (adapt != "none" or cosmos.spatial_mode == "project")
+        if in_time and ((num_frames - 1) % stride or not stride < num_frames <= longest):
+            raise ValueError(
+                f"phase0.num_frames is {num_frames}; Cosmos learns from whole latent steps, so in time_mode video expected {stride}k + 1, "
+                f"from {stride + 1} to cosmos_tokenizer.reset_every = {longest}"
+            )
+
+    @property
+    def tokenizer_steps(self) -> int:
+        """Optimiser steps of phase 0: none for a Cosmos tokenizer that is taken as it is."""
+        return 0 if self.cosmos_tokenizer.enabled and self.phase0.cosmos.adapt == "none" else self.phase0.train.steps
 
 
 # ---- loading and saving -------------------------------------------------------------------------------------------------------

@@ -99,6 +99,59 @@ def _write_minerl(
     return folder
 
 
+def _write_extracted(folder: Path, length: int, size: int = 64, seed: int = 0) -> Path:
+    """An episode as MineRL recordings look once extracted: a square that drifts over noise, a reward every fifth frame but one."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 60, (length, size, size, 3), dtype=np.uint8)
+    for t in range(length):
+        left = (t + 3 * seed) % (size // 2)
+        frames[t, size // 4 : size // 2, left : left + size // 4] = rng.integers(150, 255, 3)
+    np.save(folder / "frames.npy", frames)
+    np.savez(folder / "actions.npz", keyboard=rng.integers(0, 2, (length, 8)), camera=rng.integers(0, 121, length))
+    np.save(folder / "rewards.npy", (np.arange(length) % 5 == seed % 5).astype(np.float32))
+    (folder / "metadata.json").write_text(json.dumps({"seed": seed}))
+    return folder
+
+
+COSMOS_WIDTHS = {"encoder_block_out_channels": (8, 12, 16, 20), "decode_block_out_channels": (8, 12, 16, 20), "num_layers": 1}
+
+
+def _small_cosmos(**changes: Any) -> Any:
+    """The Cosmos network, narrow; its random weights are scaled up so that what is far in space and time still shows in the output."""
+    from dreamer.models.cosmos_weights import build_network
+
+    torch.manual_seed(0)
+    network: Any = build_network(COSMOS_WIDTHS | changes)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.0)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+        network.decoder.conv_out.conv_t.weight.mul_(0.1)  # pixels of about [-1, 1]
+    return network
+
+
+@pytest.fixture(scope="session")
+def small_cosmos() -> Callable[..., Any]:
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
+    return _small_cosmos
+
+
+@pytest.fixture(scope="session")
+def cosmos_weights(small_cosmos: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the weights of the narrow network, in diffusers' layout."""
+    folder = tmp_path_factory.mktemp("cosmos")
+    small_cosmos().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_extracted() -> Callable[..., Path]:
+    return _write_extracted
+
+
 @pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
     return _write_video

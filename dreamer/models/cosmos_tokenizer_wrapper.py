@@ -63,6 +63,21 @@ class CosmosTokenizerConfig(Config):
             raise ValueError(f"reset_every is {self.reset_every}; expected {STRIDE}k + 1, such as 121")
         return self
 
+    @property
+    def temporal_stride(self) -> int:
+        """P: frames of a latent step after the first."""
+        return STRIDE if self.time_mode == "video" else 1
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of latent positions."""
+        return self.upsampled_size[0] // STRIDE, self.upsampled_size[1] // STRIDE
+
+    @property
+    def num_tokens(self) -> int:
+        """N: tokens of a latent step."""
+        return self.position_grid[0] * self.position_grid[1] if self.spatial_mode == "none" else self.num_latent_tokens
+
 
 class CosmosTokenizerWrapper(nn.Module):
     """Implements ``dreamer.types.Tokenizer``. Frozen: no gradients, always in eval mode; bf16 on CUDA, fp32 elsewhere."""
@@ -85,8 +100,7 @@ class CosmosTokenizerWrapper(nn.Module):
             )
         self.config, self.network = config, network
         self.frame_shape: tuple[int, int, int] = (3, *config.frame_size)
-        self.position_grid = (config.upsampled_size[0] // STRIDE, config.upsampled_size[1] // STRIDE)
-        self.temporal_stride = STRIDE if config.time_mode == "video" else 1
+        self.position_grid, self.temporal_stride = config.position_grid, config.temporal_stride
         self.can_decode = config.spatial_mode != "mean"
         self.can_stream = config.time_mode == "per_frame" or not isinstance(network, ScriptedCosmos)
         self.num_network_channels: int = settings.latent_channels
@@ -133,12 +147,17 @@ class CosmosTokenizerWrapper(nn.Module):
         """Every move to a device ends here: the network computes in bf16 on CUDA and in fp32 elsewhere."""
         super()._apply(fn, recurse)
         if not isinstance(self.network, ScriptedCosmos):
-            self.network.to(self._compute_dtype)
+            nn.Module.to(self.network, self._device_dtype)  # diffusers' own warns of parts to keep in fp32, of which there are none
         return self
 
     @property
-    def _compute_dtype(self) -> torch.dtype:
+    def _device_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        """That of the weights: while phase 0 adapts them they are fp32 everywhere."""
+        return self._device_dtype if isinstance(self.network, ScriptedCosmos) else next(self.network.parameters()).dtype
 
     # ---- encoding -------------------------------------------------------------------------------------------------------------------
 
@@ -153,11 +172,7 @@ class CosmosTokenizerWrapper(nn.Module):
     @torch.no_grad()
     def encode_positions(self, frames: UInt8[Tensor, "B F C H W"], cache: CosmosCache | None = None) -> Float[Tensor, "B Z T Y X"]:
         """As ``encode``, before positions become tokens: what ``fit_projection`` learns from."""
-        if tuple(frames.shape[2:]) != self.frame_shape or frames.dtype != torch.uint8 or not frames.shape[1]:
-            raise ValueError(
-                f"frames are {tuple(frames.shape[1:])} (F, C, H, W) of {frames.dtype}; this tokenizer takes at least one frame of "
-                f"{self.frame_shape} of torch.uint8 in [0, 255]"
-            )
+        self._check_frames(frames)
         cache = self._stream(cache, len(frames), "encoder")
         if self.temporal_stride == 1:
             singles = frames.flatten(0, 1).unsqueeze(1).split(FRAMES_AT_ONCE)
@@ -166,6 +181,13 @@ class CosmosTokenizerWrapper(nn.Module):
             return self._normalize(latents, is_start=True)
         is_start = cache.num_steps == 0
         return self._normalize(torch.cat(list(self._encoded(frames, cache)), dim=2), is_start)
+
+    def _check_frames(self, frames: UInt8[Tensor, "B F C H W"]) -> None:
+        if tuple(frames.shape[2:]) != self.frame_shape or frames.dtype != torch.uint8 or not frames.shape[1]:
+            raise ValueError(
+                f"frames are {tuple(frames.shape[1:])} (F, C, H, W) of {frames.dtype}; this tokenizer takes at least one frame of "
+                f"{self.frame_shape} of torch.uint8 in [0, 255]"
+            )
 
     def _encoded(self, frames: UInt8[Tensor, "B F C H W"], cache: CosmosCache) -> Iterator[Float[Tensor, "B Z t Y X"]]:
         """Latents as the network gives them, window by window."""
@@ -249,19 +271,36 @@ class CosmosTokenizerWrapper(nn.Module):
             cache.num_steps += piece.shape[2] - repeated
             yield pixels[:, :, repeated:]
 
-    def _decode_piece(self, latents: Float[Tensor, "B Z T Y X"], cache: CosmosCache) -> Float[Tensor, "B C F h w"]:
+    def _decode_piece(self, latents: Float[Tensor, "B Z T Y X"], cache: CosmosCache | None) -> Float[Tensor, "B C F h w"]:
         network: Any = self.network
-        if self.temporal_stride > 1 and cache.tails is not None:
+        if self.temporal_stride > 1 and cache is not None and cache.tails is not None:
             return stream_decode(network, latents.to(self._compute_dtype), cache.tails).float()
         output = network.decode(latents.to(self._compute_dtype))
         return (output if isinstance(output, Tensor) else output.sample).float()
 
     def _postprocess(self, pixels: Float[Tensor, "B C F h w"]) -> UInt8[Tensor, "B F C H W"]:
+        return to_uint8(self._scale_down(pixels))
+
+    def _scale_down(self, pixels: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B F C H W"]:
         pixels = pixels.transpose(1, 2)
         if self.config.upsampled_size != self.config.frame_size:
             flat = F.interpolate(pixels.flatten(0, 1), size=self.config.frame_size, mode="bicubic", antialias=True, align_corners=False)
             pixels = flat.unflatten(0, pixels.shape[:2])
-        return to_uint8(pixels)
+        return pixels
+
+    def reconstruct(self, frames: UInt8[Tensor, "B F C H W"]) -> Float[Tensor, "B F C H W"]:
+        """Pixels in about [-1, 1] of one window (8k + 1 frames, at most ``reset_every``) through encoder, tokens and decoder.
+
+        As ``decode(encode(frames))``, but with gradient to the weights that require it: phase 0 adapts them through this.
+        """
+        self._check_frames(frames)
+        pixels = self._preprocess(frames)
+        if self.temporal_stride == 1:
+            pixels = rearrange(pixels, "b c f h w -> (b f) c 1 h w")
+        latents = self._normalize(self._encode_piece(pixels, None), is_start=True)
+        positions = self._from_tokens(self._to_tokens(latents))
+        decoded = self._scale_down(self._decode_piece(self._denormalize(positions, is_start=True), None))
+        return rearrange(decoded, "(b f) 1 c h w -> b f c h w", b=len(frames)) if self.temporal_stride == 1 else decoded
 
     # ---- streams --------------------------------------------------------------------------------------------------------------------
 

@@ -57,17 +57,24 @@ def check_lengths(run: Run) -> None:
     """``ValueError`` that names the first setting whose windows are longer than every episode that they are to be drawn from."""
     config, store = run.config, run.episodes()
     train, held_out = (int(store.lengths[ids].max(initial=0)) for ids in run.split(len(store)))
-    windows: dict[str, tuple[int, int]] = {"phase0.num_frames": (config.phase0.num_frames, train)}
+    cosmos = config.cosmos_tokenizer
+    stride = cosmos.temporal_stride if cosmos.enabled else 1
+    # latent steps; the first shows one frame
+    windows: dict[str, tuple[int, int]] = {}
     for name, phase in {"phase1": config.phase1, "phase2": config.phase2}.items():
         windows[f"{name}.sequence_length"] = phase.sequence_length, min(train, held_out)
         windows[f"{name}.long_sequence_length"] = phase.long_sequence_length or 1, train
     windows["phase3.imagination.rollout.context"] = config.phase3.imagination.rollout.context, min(train, held_out)
     world_model = config.evaluation.world_model
     windows["evaluation.world_model.context + horizon"] = world_model.context + world_model.horizon, held_out
-    for key, (steps, longest) in windows.items():
-        if steps > longest:
+    needed = {key: (steps, 1 + stride * (steps - 1), longest) for key, (steps, longest) in windows.items()}
+    if config.tokenizer_steps:
+        needed = {"phase0.num_frames": (config.phase0.num_frames, config.phase0.num_frames, train)} | needed
+    for key, (value, frames, longest) in needed.items():
+        if frames > longest:
+            told = f"{value}" if frames == value else f"{value} latent steps, which are {frames} frames"
             raise ValueError(
-                f"{key} is {steps}; the longest episode to draw from in {store.path} has {longest} frames: "
+                f"{key} is {told}; the longest episode to draw from in {store.path} has {longest} frames: "
                 "set a smaller one, or record longer episodes"
             )
 

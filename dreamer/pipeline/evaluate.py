@@ -14,22 +14,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dreamer.data import EpisodeStore
+from dreamer.data import EpisodeStore, LatentStore
 from dreamer.envs import make_env, make_player
 from dreamer.envs.seeding import player_rng
 from dreamer.evaluation.agent import AgentResult, BatchPolicy, PlayerPolicy, evaluate_policy
+from dreamer.evaluation.latent_dreams import draw_latent_windows, score_latent_dreams
 from dreamer.evaluation.media import write_atomic
 from dreamer.evaluation.open_loop import decode, draw_windows, predict, score
 from dreamer.evaluation.report import Role
 from dreamer.imagination import AgentPolicy, Sampler
 from dreamer.imagination.policy import Mode
-from dreamer.models import CausalTokenizer
 from dreamer.pipeline.collect import check_actions, make_any_player
 from dreamer.pipeline.run import Run, write_json
 from dreamer.training.checkpoint import read_json, read_tensors
 from dreamer.training.models_io import weights_fingerprint
 from dreamer.training.settings import EnvConfig, RecordConfig
-from dreamer.types import Env, Player
+from dreamer.types import Env, Player, Tokenizer
 
 NUM_RECONSTRUCTIONS = 7
 TRAINED: dict[str, tuple[str, Role]] = {
@@ -40,8 +40,12 @@ TRAINED: dict[str, tuple[str, Role]] = {
 
 
 def evaluate_world_model(run: Run) -> bool:
-    """``evaluation/world_model.json`` and ``world_model_clips.safetensors``, with the dynamics of phase 2 (of phase 1, before that)."""
-    config, store, tokenizer = run.config.evaluation, run.episodes(), run.tokenizer()
+    """``evaluation/world_model.json`` and ``world_model_clips.safetensors``, with the dynamics of phase 2 (of phase 1, before that).
+
+    Where latents cannot be decoded, or recorded frames are not there: ``evaluation/world_model_latents.json``, errors of latents.
+    """
+    config, store = run.config.evaluation, run.episodes() if run.has_episodes else None
+    tokenizer = run.own_tokenizer()
     latents = run.latents(tokenizer)
     phase = "phase2" if run.has("phase2") else "phase1"
     sizes = config.world_model
@@ -51,11 +55,13 @@ def evaluate_world_model(run: Run) -> bool:
         "latents": latents.fingerprint(),
         "settings": sizes.model_dump(mode="json") | {"sampler": config.sampler.model_dump(mode="json"), "seed": run.config.seed},
     }
+    if store is None or tokenizer is None or not tokenizer.can_decode:
+        return _evaluate_latent_dreams(run, latents, phase, inputs)
     path = run.evaluation_path / "world_model.json"
     clips_path = run.evaluation_path / "world_model_clips.safetensors"
     if _holds(path, inputs, clips_path):
         return False
-    agent = run.agent(phase, tokenizer)
+    agent = run.agent(phase, latents.tokenizer_fingerprint)
     windows = draw_windows(
         store,
         latents,
@@ -72,6 +78,22 @@ def evaluate_world_model(run: Run) -> bool:
     kept["reconstruction/recorded"] = windows.frames[:NUM_RECONSTRUCTIONS, 0]
     kept["reconstruction/decoded"] = decode(tokenizer, first, is_start, run.device)[:, 0]
     _write_clips(clips_path, kept)
+    write_json(path, {"inputs": inputs, "result": result.to_json()})
+    run.save_config()
+    return True
+
+
+def _evaluate_latent_dreams(run: Run, latents: LatentStore, phase: str, inputs: dict[str, Any]) -> bool:
+    config, path = run.config.evaluation, run.evaluation_path / "world_model_latents.json"
+    if _holds(path, inputs):
+        return False
+    sizes, seed = config.world_model, run.seed("evaluation")
+    num_steps = sizes.context + sizes.horizon
+    batch, episodes = draw_latent_windows(
+        latents, run.split(len(latents))[1], num_steps=num_steps, num_windows=sizes.num_windows, seed=seed
+    )
+    agent = run.agent(phase, latents.tokenizer_fingerprint)
+    result = score_latent_dreams(Sampler(agent.dynamics, config.sampler), batch, episodes, sizes.context, seed)
     write_json(path, {"inputs": inputs, "result": result.to_json()})
     run.save_config()
     return True
@@ -112,7 +134,7 @@ def evaluate_agent(run: Run) -> bool:
         return False
     rows: list[dict[str, Any]] = []
     clips: dict[str, Tensor] = {}
-    if run.config.data.recordings is not None:
+    if run.config.data.recordings is not None and run.has_episodes:
         rows.append({"label": "Recordings", "role": "recorded", "mode": None, "result": _recorded(run.episodes()).to_json()})
     for contestant in _contestants(run, env, phases):
         result = evaluate_policy(
@@ -144,16 +166,16 @@ def _contestants(run: Run, env: EnvConfig, phases: list[str]) -> list[Contestant
     tokenizer = run.tokenizer() if phases else None
     for phase in phases:
         assert tokenizer is not None
-        check_actions(run.agent(phase, tokenizer), env, run.path / phase)
+        check_actions(run.agent(phase, tokenizer.fingerprint()), env, run.path / phase)
         label, role = TRAINED[phase]
         for mode in ("sampled", "argmax"):
             found.append(Contestant(label, role, mode, _agent_maker(run, phase, tokenizer, mode)))
     return found
 
 
-def _agent_maker(run: Run, phase: str, tokenizer: CausalTokenizer, mode: Mode) -> Callable[[], BatchPolicy]:
+def _agent_maker(run: Run, phase: str, tokenizer: Tokenizer, mode: Mode) -> Callable[[], BatchPolicy]:
     def make() -> BatchPolicy:
-        agent = run.agent(phase, tokenizer)
+        agent = run.agent(phase, tokenizer.fingerprint())
         return AgentPolicy(agent, tokenizer, run.config.evaluation.sampler, mode=mode, name=f"{phase}-{mode}")
 
     return make
@@ -189,9 +211,9 @@ def _fps(env: EnvConfig) -> float:
     return fps
 
 
-def _holds(path: Path, inputs: dict[str, Any], clips_path: Path) -> bool:
+def _holds(path: Path, inputs: dict[str, Any], *clips_paths: Path) -> bool:
     """Whether the result at ``path`` was computed from the same inputs."""
-    return path.exists() and clips_path.exists() and read_json(path).get("inputs") == json.loads(json.dumps(inputs))
+    return path.exists() and all(p.exists() for p in clips_paths) and read_json(path).get("inputs") == json.loads(json.dumps(inputs))
 
 
 def _write_clips(path: Path, clips: dict[str, Tensor]) -> None:

@@ -7,27 +7,29 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 
 from dreamer.config import DreamerConfig
 from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader, pretokenize
 from dreamer.data.shards import STORE_FILE
-from dreamer.models import CausalTokenizer, CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
+from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.collect import ProgressBar
 from dreamer.pipeline.run import Run, choose_device
+from dreamer.training.models_io import AnyTokenizer
 
 _log = logging.getLogger(__name__)
 
 # Settings that say where a tokenizer comes from, not what its latents are like.
 PLACES = {"enabled", "checkpoint_path", "trust_torchscript", "checksums"}
-AnyTokenizer: TypeAlias = CausalTokenizer | CosmosTokenizerWrapper
 
 
 def pretokenize_latents(run: Run) -> bool:
     """Encode every episode with the run's tokenizer; goes on where an earlier call stopped. Latents and episodes have the same numbers,
-    so an episode that cannot be read is an error."""
+    so an episode that cannot be read is an error. Nothing to do where ``data.latents`` are learned from."""
+    if not run.has_episodes:
+        return False
     store, tokenizer = run.episodes(), run.tokenizer()
     is_new = not (run.latents_path / STORE_FILE).exists()
     before = None if is_new else LatentStore(run.latents_path, allow_partial=True).source_fingerprint

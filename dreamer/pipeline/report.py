@@ -7,6 +7,7 @@ from typing import Any
 
 from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.charts import Chart, metrics_chart, read_metrics
+from dreamer.evaluation.latent_dreams import LatentResult
 from dreamer.evaluation.report import AgentClip, DreamClip, KeyFigure, Reconstructions, ReportData, ReturnRow, write_report
 from dreamer.evaluation.video import COPY_LAST_FRAME, RECONSTRUCTION, SHUFFLED_ACTIONS, TRUE_ACTIONS, WorldModelResult
 from dreamer.pipeline.evaluate import read_clips
@@ -54,7 +55,6 @@ def write_run_report(run: Run) -> bool:
     config, spent = run.config, run.spent()
     world_model, dreams, reconstructions = _world_model(run)
     returns, clips = _agents(run)
-    peak = max((stage["peak_memory_mb"] for stage in spent["stages"].values()), default=0.0)
     write_report(
         run.report_path,
         ReportData(
@@ -69,7 +69,7 @@ def write_run_report(run: Run) -> bool:
             agent_clips=clips,
             reconstructions=reconstructions,
             training_charts=[chart for args in CHARTS if (chart := _chart(run, *args))],
-            key_figures=[KeyFigure(f"{peak / 1000:.1f} GB", "peak memory", "of the whole process")] if peak else [],
+            key_figures=[*_latent_figures(run), *_memory_figure(spent)],
             limits=config.report.limits,
             command=run.command,
             seed=config.seed,
@@ -84,6 +84,24 @@ def write_run_report(run: Run) -> bool:
 def world_model_result(run: Run) -> WorldModelResult | None:
     path = run.evaluation_path / "world_model.json"
     return WorldModelResult.from_json(read_json(path)["result"]) if path.exists() else None
+
+
+def latent_result(run: Run) -> LatentResult | None:
+    """What stands for ``world_model_result`` where dreams were scored in latent space."""
+    path = run.evaluation_path / "world_model_latents.json"
+    return LatentResult.from_json(read_json(path)["result"]) if path.exists() else None
+
+
+def _latent_figures(run: Run) -> list[KeyFigure]:
+    if (result := latent_result(run)) is None:
+        return []
+    note = f"mean squared error of dreamed latents over {result.horizon} steps, {result.num_episodes} held-out episodes"
+    return [KeyFigure(f"{figure.value:.3f}", f"latent error, {name}", note) for name, figure in result.mse.items()]
+
+
+def _memory_figure(spent: dict[str, Any]) -> list[KeyFigure]:
+    peak = max((stage["peak_memory_mb"] for stage in spent["stages"].values()), default=0.0)
+    return [KeyFigure(f"{peak / 1000:.1f} GB", "peak memory", "of the whole process")] if peak else []
 
 
 def agent_rows(run: Run) -> list[ReturnRow]:

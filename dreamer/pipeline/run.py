@@ -18,12 +18,13 @@ import torch
 
 from dreamer import __version__
 from dreamer.config import DreamerConfig, save_config
-from dreamer.data import EpisodeStore, LatentStore, split_episodes
+from dreamer.data import EpisodeStore, LatentStore, open_latents, split_episodes
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.evaluation.media import write_atomic
-from dreamer.models import Agent, CausalTokenizer
+from dreamer.models import Agent
 from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json
-from dreamer.training.models_io import load_agent, load_tokenizer
+from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer
+from dreamer.types import Tokenizer
 
 
 class Run:
@@ -50,7 +51,12 @@ class Run:
 
     @property
     def latents_path(self) -> Path:
-        return self.path / "latents"
+        return self.config.data.latents or self.path / "latents"
+
+    @property
+    def has_episodes(self) -> bool:
+        """Whether there are recorded frames: not where ``data.latents`` are learned from."""
+        return self.config.data.latents is None
 
     @property
     def evaluation_path(self) -> Path:
@@ -74,27 +80,48 @@ class Run:
     def episodes(self) -> EpisodeStore:
         return EpisodeStore(self._existing(self.episodes_path, "record"))
 
-    def latents(self, tokenizer: CausalTokenizer) -> LatentStore:
-        """The latents, all episodes of them, made by this tokenizer."""
-        store = LatentStore(self._existing(self.latents_path, "pretokenize"))
-        store.check_tokenizer(tokenizer.fingerprint())
-        if len(store) != len(self.episodes()):
+    def latents(self, tokenizer: Tokenizer | None) -> LatentStore:
+        """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one, if it is known."""
+        store = LatentStore(self._existing(self.latents_path, "pretokenize")) if self.has_episodes else self._foreign_latents()
+        if tokenizer is not None:
+            store.check_tokenizer(tokenizer.fingerprint())
+        if self.has_episodes and len(store) != len(self.episodes()):
             raise ValueError(f"{store.path}: {len(store)} of {len(self.episodes())} episodes are pretokenized; run: dreamer pretokenize")
+        return store
+
+    def _foreign_latents(self) -> LatentStore:
+        path, cosmos = self.latents_path, self.config.cosmos_tokenizer
+        if not path.is_dir():
+            raise ValueError(
+                f"{path}: does not exist; data.latents names a folder of latents, which this makes: "
+                f"python pretokenize_dataset.py --data-path RECORDINGS --output-path {path}"
+            )
+        store = open_latents(path)
+        found = (store.token_grid[0] * store.token_grid[1], store.temporal_stride)
+        if cosmos.enabled and found != (cosmos.num_tokens, cosmos.temporal_stride):
+            raise ValueError(
+                f"{path}: {found[0]} tokens a latent step of {found[1]} frames; with cosmos_tokenizer as it is set, they would be "
+                f"{cosmos.num_tokens} and {cosmos.temporal_stride}; use the settings that the latents were made with"
+            )
         return store
 
     def split(self, num_episodes: int) -> tuple[Ids, Ids]:
         """Episodes that train, and episodes that are held out."""
         return split_episodes(num_episodes, self.config.data.val_fraction)
 
-    def tokenizer(self) -> CausalTokenizer:
-        self.require_finished("tokenizer", self.config.phase0.train.steps)
+    def tokenizer(self) -> AnyTokenizer:
+        self.require_finished("tokenizer", self.config.tokenizer_steps)
         return load_tokenizer(self.path / "tokenizer", self.device)
 
-    def agent(self, phase: str, tokenizer: CausalTokenizer, steps: int | None = None) -> Agent:
-        """The agent that ``phase`` made, for latents of ``tokenizer``. ``steps``: how many that phase has to have behind it."""
+    def own_tokenizer(self) -> Tokenizer | None:
+        """``tokenizer``; None where ``data.latents`` are learned from and this run has no tokenizer."""
+        return self.tokenizer() if self.has_episodes or list_checkpoints(self.path / "tokenizer") else None
+
+    def agent(self, phase: str, tokenizer_fingerprint: str, steps: int | None = None) -> Agent:
+        """The agent that ``phase`` made, for latents of this tokenizer. ``steps``: how many that phase has to have behind it."""
         self.require_finished(phase, steps)
         agent, info = load_agent(self.path / phase, self.device, self.config.agent)
-        if info["tokenizer"] != tokenizer.fingerprint():
+        if info["tokenizer"] != tokenizer_fingerprint:
             raise ValueError(f"{self.path / phase}: was trained on latents of another tokenizer; train it in another run_dir")
         return agent
 

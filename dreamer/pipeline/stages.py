@@ -56,17 +56,26 @@ def run_stage(run: Run, name: str) -> bool:
     return did_work
 
 
+def _left_out(run: Run, name: str) -> str | None:
+    """Why a stage has nothing to work on in this run; None if it has."""
+    if name == "evaluate agent" and run.config.env is None:
+        return "env is null"
+    if name in ("record", "tokenizer", "pretokenize") and not run.has_episodes:
+        return "data.latents are there"
+    return None
+
+
 def run_all(run: Run, say: Callable[[str], None], began: float | None = None) -> None:
-    """Every stage in order, from recording to report; without an environment nobody plays in it. ``say`` is told what begins and
-    how long it took.
+    """Every stage in order, from recording to report; without an environment nobody plays in it, and with ``data.latents`` there is
+    nothing to record and to encode. ``say`` is told what begins and how long it took.
 
     ``began``: when the process did, on the clock of ``time.monotonic``; what passed since is noted as the stage ``START`` if there is
     anything left to do.
     """
     start_up = 0.0 if began is None else time.monotonic() - began
     for number, name in enumerate(STAGES, start=1):
-        if name == "evaluate agent" and run.config.env is None:
-            say(f"[{number}/{len(STAGES)}] {name}: left out, env is null")
+        if reason := _left_out(run, name):
+            say(f"[{number}/{len(STAGES)}] {name}: left out, {reason}")
             continue
         began = time.monotonic()
         say(f"[{number}/{len(STAGES)}] {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dreamer.evaluation.intervals import Interval
-from dreamer.pipeline.report import agent_rows, world_model_result
+from dreamer.pipeline.report import agent_rows, latent_result, world_model_result
 from dreamer.pipeline.run import Run
 
 
@@ -15,6 +15,9 @@ def key_figures(run: Run) -> list[str]:
         for name, score in result.scores.items():
             gap = f", true actions {_interval(result.psnr_gaps[name], 1)} dB better" if name in result.psnr_gaps else ""
             lines.append(f"  {name:<24} PSNR {_interval(score.psnr, 1)} dB, SSIM {score.ssim.value:.3f}{gap}")
+    if latents := latent_result(run):
+        lines.append(f"world model, {latents.horizon} latent steps open loop on {latents.num_episodes} held-out episodes")
+        lines += [f"  {name:<24} mean squared error {_interval(figure, 3)}" for name, figure in latents.mse.items()]
     if rows := agent_rows(run):
         lines.append(f"mean return over {rows[-1].num_episodes} episodes in the real environment")
         for row in rows:

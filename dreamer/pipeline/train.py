@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,66 +10,128 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dreamer.data import LatentStore, PretokenizedDataset, batches, frame_batches
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.evaluation.open_loop import draw_windows
 from dreamer.imagination import Sampler
-from dreamer.models import Agent, CausalTokenizer
+from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
-from dreamer.training.checkpoint import list_checkpoints, planned_steps
+from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_state, save_checkpoint
 from dreamer.training.lengths import SequenceConfig
-from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer
-from dreamer.training.models_io import agent_info, tokenizer_info, weights_fingerprint
-from dreamer.training.phase0 import Phase0, make_perceptual
+from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer, check_same_settings
+from dreamer.training.models_io import agent_info, load_tokenizer, tokenizer_info, weights_fingerprint
+from dreamer.training.phase0 import Phase0, Phase0Cosmos, make_perceptual
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import Phase2, Phase2Config, relevant_episodes
 from dreamer.training.phase3 import Phase3
-from dreamer.types import Batch, Config
+from dreamer.types import Batch, Config, Tokenizer
 
 NUM_VAL_FRAMES = 128
+CLIPS_AT_ONCE = 8  # through Cosmos, while its projection is fitted
 NUM_DREAMS = 4  # windows that are dreamed in a validation
+
+_log = logging.getLogger(__name__)
 
 
 def train_tokenizer(run: Run) -> bool:
     """Phase 0."""
-    config, store = run.config.phase0, run.episodes()
-    train_ids, val_ids = run.split(len(store))
-    num_rows = max(1, NUM_VAL_FRAMES // config.num_frames)
+    return _train_cosmos(run) if run.config.cosmos_tokenizer.enabled else _train_causal(run)
 
-    def frames(ids: Ids, count: int, purpose: str) -> Iterator[Tensor]:
-        stream = frame_batches(store, batch_size=32, num_frames=config.num_frames, episodes=ids, seed=run.seed(purpose), prefetch=0)
-        for _ in range(-(-count // 32)):
-            yield next(stream).frames
 
-    def stream(start: int) -> Stream:
+def _train_causal(run: Run) -> bool:
+    config, data = run.config.phase0, _Frames(run)
+    torch.manual_seed(run.seed("tokenizer"))
+    channels, height, width = data.store.frame_shape
+    tokenizer = CausalTokenizer(run.config.tokenizer, (channels, height, width)).to(run.device)
+    phase = Phase0(tokenizer, config, data.normalization, make_perceptual(config, run.device)).to(run.device)
+    own = _json(config)
+    del own["cosmos"]  # decides nothing
+    settings = {"phase0": own, "tokenizer": _json(run.config.tokenizer), "data": _data(run, data.store.fingerprint())}
+    hook = validation.validate_tokenizer(phase, data.held_out())
+    return _train(run, "tokenizer", phase, config.train, settings, tokenizer_info(tokenizer), data.stream, hook)
+
+
+def _train_cosmos(run: Run) -> bool:
+    """Takes the weights and fits the projection, where there is one, on training frames; then adapts them, if that is asked for."""
+    config, path = run.config.phase0, run.path / "tokenizer"
+    adapt, is_fitted = config.cosmos.adapt, run.config.cosmos_tokenizer.spatial_mode == "project"
+    data = _Frames(run) if is_fitted or adapt != "none" else None
+    settings = _cosmos_settings(run, data)
+    if found := list_checkpoints(path):  # it holds all that was there at first: the original weights may be gone
+        state = read_state(found[-1][1])
+        check_same_settings(state["settings"] | {"seed": state["seed"]}, settings | {"seed": run.config.seed}, found[-1][1])
+        if found[-1][0] >= run.config.tokenizer_steps:
+            return False
+        tokenizer = load_tokenizer(path, run.device)
+        assert isinstance(tokenizer, CosmosTokenizerWrapper)  # by its settings
+    else:
+        tokenizer = create_cosmos_tokenizer_from_config(run.config.cosmos_tokenizer, run.device)
+        if is_fitted and data is not None:
+            clips = (clip for batch in data.normalization() for clip in batch.split(CLIPS_AT_ONCE))
+            tokenizer.fit_projection(torch.cat([tokenizer.encode_positions(clip) for clip in clips]))
+    info = tokenizer_info(tokenizer)
+    if adapt == "none" or data is None:
+        state = {"settings": settings, "seed": run.config.seed, "num_skipped": 0}
+        save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
+        run.save_config()
+        return True
+    phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
+    held_out = data.held_out()
+    hook = validation.all_of(validation.validate_tokenizer(phase, held_out), validation.validate_latent_scale(phase, held_out))
+    return _train(run, "tokenizer", phase, config.train, settings, info, data.stream, hook)
+
+
+def _cosmos_settings(run: Run, data: _Frames | None) -> dict[str, Any]:
+    """All that decides how the tokenizer comes out; frames and phase 0's settings only where something learns from them."""
+    settings = {"cosmos_tokenizer": _json(run.config.cosmos_tokenizer)}
+    if data is not None:
+        own = _json(run.config.phase0)
+        del own["masking_ramp"]
+        if run.config.phase0.cosmos.adapt == "none":
+            own = {name: own[name] for name in ("cosmos", "num_frames", "normalization_frames")}
+        settings |= {"phase0": own, "data": _data(run, data.store.fingerprint())}
+    return settings
+
+
+class _Frames:
+    """Windows of the run's recorded frames, for phase 0."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.store = run, run.config.phase0, run.episodes()
+        self.train_ids, self.val_ids = run.split(len(self.store))
+
+    def stream(self, start: int) -> Stream:
+        """Batches from the training episodes."""
         return frame_batches(
-            store,
-            batch_size=config.train.batch_size,
-            num_frames=config.num_frames,
-            episodes=train_ids,
-            seed=run.seed("tokenizer"),
+            self.store,
+            batch_size=self.config.train.batch_size,
+            num_frames=self.config.num_frames,
+            episodes=self.train_ids,
+            seed=self.run.seed("tokenizer"),
             start_step=start,
         )
 
-    torch.manual_seed(run.seed("tokenizer"))
-    channels, height, width = store.frame_shape
-    tokenizer = CausalTokenizer(run.config.tokenizer, (channels, height, width)).to(run.device)
-    num_normalization = -(-config.normalization_frames // config.num_frames)
-    phase = Phase0(
-        tokenizer, config, lambda: frames(train_ids, num_normalization, "normalization"), make_perceptual(config, run.device)
-    ).to(run.device)
-    held_out = torch.cat(list(frames(val_ids, num_rows, "validation")))
-    settings = {"phase0": _json(config), "tokenizer": _json(run.config.tokenizer), "data": _data(run, store.fingerprint())}
-    hook = validation.validate_tokenizer(phase, held_out)
-    return _train(run, "tokenizer", phase, config.train, settings, tokenizer_info(tokenizer), stream, hook)
+    def normalization(self) -> Iterator[Tensor]:
+        """Windows of the training episodes, the same every time."""
+        return self._windows(self.train_ids, -(-self.config.normalization_frames // self.config.num_frames), "normalization")
+
+    def held_out(self) -> Tensor:
+        return torch.cat(list(self._windows(self.val_ids, max(1, NUM_VAL_FRAMES // self.config.num_frames), "validation")))
+
+    def _windows(self, ids: Ids, count: int, purpose: str) -> Iterator[Tensor]:
+        num_frames, seed = self.config.num_frames, self.run.seed(purpose)
+        stream = frame_batches(self.store, batch_size=32, num_frames=num_frames, episodes=ids, seed=seed, prefetch=0)
+        for _ in range(-(-count // 32)):
+            yield next(stream).frames
 
 
 def train_phase1(run: Run) -> bool:
     """Phase 1: the dynamics, from its initial weights."""
-    config, tokenizer = run.config.phase1, run.tokenizer()
+    config, tokenizer = run.config.phase1, run.own_tokenizer()
     latents = run.latents(tokenizer)
     torch.manual_seed(run.seed("phase1"))
     agent = Agent(
@@ -76,14 +139,14 @@ def train_phase1(run: Run) -> bool:
         action_space=latents.action_space,
         token_grid=latents.token_grid,
         latent_channels=latents.latent_channels,
-        actions_per_step=latents.temporal_stride,
+        actions_per_step=latents.actions_per_step,
     )
     phase = Phase1(agent, config.shortcut).to(run.device)
     warn_of_unseen_distances(run)
     data = _Data(run, latents, config.sequence_length)
     hook = validation.all_of(
         validation.validate_world_model(phase, data.held_out(config.train.batch_size), run.seed("validation")),
-        _dream_hook(run, agent, tokenizer, latents),
+        *_dream_hooks(run, agent, tokenizer, latents),
     )
     settings = _settings(run, "phase1", config, latents)
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase1")
@@ -133,13 +196,12 @@ def _extra_steps(run: Run) -> int:
 
 
 def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Phase2Config) -> bool:
-    tokenizer = run.tokenizer()
-    latents = run.latents(tokenizer)
-    agent = run.agent(start, tokenizer, start_steps)
+    latents = run.latents(run.own_tokenizer())
+    agent = run.agent(start, latents.tokenizer_fingerprint, start_steps)
     phase = Phase2(agent, config.shortcut, config.loss).to(run.device)
     warn_of_unseen_distances(run)
     data = _Data(run, latents, config.sequence_length)
-    returns = run.episodes().returns
+    returns = episode_returns(latents)
     relevant = relevant_episodes(returns, latents.has_rewards, np.asarray(data.train_ids), config.relevant)
     held_out = data.held_out(config.train.batch_size)
     hook = validation.all_of(
@@ -154,9 +216,8 @@ def _train_phase2(run: Run, name: str, start: str, start_steps: int, config: Pha
 
 def train_phase3(run: Run) -> bool:
     """Phase 3: policy and value in imagination, from phase 2's averaged weights."""
-    config, tokenizer = run.config.phase3, run.tokenizer()
-    latents = run.latents(tokenizer)
-    agent = run.agent("phase2", tokenizer, run.config.phase2.train.steps)
+    config, latents = run.config.phase3, run.latents(run.own_tokenizer())
+    agent = run.agent("phase2", latents.tokenizer_fingerprint, run.config.phase2.train.steps)
     phase = Phase3(agent, config.imagination).to(run.device)
     data = _Data(run, latents, config.imagination.rollout.context)
     if not latents.has_rewards[data.train_ids].any():
@@ -167,6 +228,11 @@ def train_phase3(run: Run) -> bool:
     settings = _settings(run, "phase3", config, latents, weights_fingerprint(run.path / "phase2"))
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase3")
     return _train(run, "phase3", phase, config.train, settings, info, data.stream("phase3", config.train.batch_size), hook)
+
+
+def episode_returns(latents: LatentStore) -> Float[np.ndarray, " n"]:
+    """The sum of each episode's rewards."""
+    return np.array([latents.arrays(i)["rewards"].sum(dtype=np.float64) for i in range(len(latents))])
 
 
 class _Data:
@@ -218,7 +284,14 @@ class _Data:
         return [next(stream) for _ in range(self.run.config.data.num_val_batches)]
 
 
-def _dream_hook(run: Run, agent: Agent, tokenizer: CausalTokenizer, latents: LatentStore) -> validation.Hook:
+def _dream_hooks(run: Run, agent: Agent, tokenizer: Tokenizer | None, latents: LatentStore) -> list[validation.Hook]:
+    """Pictures of dreams; none where there is nothing to decode them with, or no frames to compare them with."""
+    if tokenizer is None or not run.has_episodes:
+        _log.warning("phase1: no pictures of dreams: data.latents come without the recorded frames")
+        return []
+    if not tokenizer.can_decode:
+        _log.warning("phase1: no pictures of dreams: these latents cannot be decoded (cosmos_tokenizer.spatial_mode mean)")
+        return []
     config, store = run.config.evaluation, run.episodes()
     windows = draw_windows(
         store,
@@ -230,9 +303,8 @@ def _dream_hook(run: Run, agent: Agent, tokenizer: CausalTokenizer, latents: Lat
         seed=run.seed("dreams"),
     )
     sampler = Sampler(agent.dynamics, config.sampler)
-    return validation.validate_dreams(
-        agent, sampler, tokenizer, windows, context=config.world_model.context, fps=store.fps, seed=run.seed("dreams")
-    )
+    context, seed = config.world_model.context, run.seed("dreams")
+    return [validation.validate_dreams(agent, sampler, tokenizer, windows, context=context, fps=store.fps, seed=seed)]
 
 
 def _json(config: Config) -> dict[str, Any]:

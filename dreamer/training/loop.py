@@ -49,6 +49,10 @@ class Phase(nn.Module):
         """The loss to descend, and metrics (detached scalars). All randomness comes from ``generator``."""
         raise NotImplementedError
 
+    def rate_factor(self, name: str) -> float:
+        """What the learning rate of the model's parameter ``name`` is multiplied with."""
+        return 1.0
+
     def before_export(self) -> None:
         """Called with the averaged weights in place, before ``model`` is written to a checkpoint. May set buffers."""
 
@@ -92,7 +96,7 @@ class Trainer:
         self.settings, self.model_info = settings, model_info
         self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
-        self.optimizers = make_optimizers(self.parameters, config.optim)
+        self.optimizers = make_optimizers(self.parameters, config.optim, phase.rate_factor)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
         self._resume()

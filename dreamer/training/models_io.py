@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import pydantic
 import torch
+from torch import nn
 
-from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig
+from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig, CosmosTokenizerConfig, CosmosTokenizerWrapper
+from dreamer.models.cosmos_weights import ScriptedCosmos, build_network
 from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_tensors
-from dreamer.types import ActionSpace
+from dreamer.types import ActionSpace, Tokenizer
+
+AnyTokenizer: TypeAlias = CausalTokenizer | CosmosTokenizerWrapper  # what TOKENIZERS names
 
 
-def tokenizer_info(tokenizer: CausalTokenizer) -> dict[str, Any]:
-    """What ``load_tokenizer`` needs beside the weights."""
-    return {"kind": "tokenizer", "config": tokenizer.config.model_dump(mode="json"), "frame_shape": list(tokenizer.frame_shape)}
+def _describe_causal(tokenizer: CausalTokenizer) -> dict[str, Any]:
+    return {"config": tokenizer.config.model_dump(mode="json"), "frame_shape": list(tokenizer.frame_shape)}
+
+
+def _build_causal(info: dict[str, Any]) -> CausalTokenizer:
+    channels, height, width = info["frame_shape"]
+    return CausalTokenizer(CausalTokenizerConfig.model_validate(info["config"]), (channels, height, width))
+
+
+def _describe_cosmos(tokenizer: CosmosTokenizerWrapper) -> dict[str, Any]:
+    if isinstance(tokenizer.network, ScriptedCosmos):
+        raise ValueError(
+            "cosmos_tokenizer.trust_torchscript: a checkpoint holds weights, no programs; leave it false, then the weights are read from "
+            "the same files"
+        )
+    return {"config": tokenizer.config.model_dump(mode="json"), "architecture": tokenizer.architecture}
+
+
+def _build_cosmos(info: dict[str, Any]) -> CosmosTokenizerWrapper:
+    return CosmosTokenizerWrapper(CosmosTokenizerConfig.model_validate(info["config"]), build_network(info["architecture"]))
+
+
+class _Kind(NamedTuple):
+    cls: type[nn.Module]
+    describe: Callable[[Any], dict[str, Any]]  # a tokenizer -> what building it again needs, as JSON values
+    build: Callable[[dict[str, Any]], Any]  # and back: a tokenizer without weights
+
+
+# A new tokenizer needs a line here: ``model.json`` names it under "tokenizer".
+TOKENIZERS = {
+    "causal": _Kind(CausalTokenizer, _describe_causal, _build_causal),
+    "cosmos": _Kind(CosmosTokenizerWrapper, _describe_cosmos, _build_cosmos),
+}
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ``load_tokenizer`` needs beside the weights. Raises ``ValueError`` for a tokenizer that is a program (TorchScript)."""
+    name, kind = next((name, kind) for name, kind in TOKENIZERS.items() if isinstance(tokenizer, kind.cls))
+    return {"kind": "tokenizer", "tokenizer": name, **kind.describe(tokenizer)}
 
 
 def agent_info(agent: Agent, *, tokenizer_fingerprint: str, phase: str) -> dict[str, Any]:
@@ -34,18 +75,19 @@ def agent_info(agent: Agent, *, tokenizer_fingerprint: str, phase: str) -> dict[
     }
 
 
-def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> CausalTokenizer:
-    """The frozen tokenizer in eval mode, from a checkpoint or the folder of a run.
+def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> AnyTokenizer:
+    """The frozen tokenizer in eval mode, of whichever kind, from a checkpoint or the folder of a run.
 
-    Raises ``ValueError`` naming the file if there is none, if it is damaged, or if it holds another kind of model.
+    Raises ``ValueError`` naming the file if there is none, if it is damaged, or if it holds another kind of model; and without
+    diffusers for a Cosmos tokenizer, whose original weights are not needed.
     """
     checkpoint = find_checkpoint(path)
     info = _read_info(checkpoint, "tokenizer")
     try:
-        config = CausalTokenizerConfig.model_validate(info["config"])
-        channels, height, width = info["frame_shape"]
-        tokenizer = CausalTokenizer(config, (channels, height, width))
+        tokenizer = TOKENIZERS[info["tokenizer"]].build(info)
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error.__cause__, ImportError):  # something is not installed: the checkpoint is sound
+            raise
         raise _damaged(checkpoint, error) from error
     load_weights(tokenizer, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
     return tokenizer.to(device).requires_grad_(False).eval()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,19 +24,28 @@ class OptimConfig(Config):
     final_scale: float = Field(default=0.02, gt=0, le=1)  # what it falls to
 
 
-def make_optimizers(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the hidden matrices of transformer layers and AdamW over the rest."""
+def make_optimizers(
+    parameters: dict[str, nn.Parameter], config: OptimConfig, rate_factor: Callable[[str], float] = lambda name: 1.0
+) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the hidden matrices of transformer layers and AdamW over the rest.
+
+    ``rate_factor(name)`` multiplies the learning rate of one parameter.
+    """
 
     def uses_muon(name: str, parameter: nn.Parameter) -> bool:
         return config.optimizer == "muon" and parameter.ndim == 2 and ".layers." in name
 
-    muon = [p for name, p in parameters.items() if uses_muon(name, p)]
-    rest = [p for name, p in parameters.items() if not uses_muon(name, p)]
+    def groups(names: list[str], rate: float) -> list[dict[str, Any]]:
+        factors = dict.fromkeys(map(rate_factor, names))
+        return [{"params": [parameters[name] for name in names if rate_factor(name) == factor], "lr": rate * factor} for factor in factors]
+
+    muon = [name for name, p in parameters.items() if uses_muon(name, p)]
+    rest = [name for name, p in parameters.items() if not uses_muon(name, p)]
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        optimizers.append(torch.optim.Muon(groups(muon, config.muon_learning_rate), weight_decay=config.weight_decay))
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay))
+        optimizers.append(torch.optim.AdamW(groups(rest, config.learning_rate), betas=config.betas, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamer.imagination.rollout import ImaginationRollout, RolloutConfig
 from dreamer.losses import LossNormalizer, PMPOConfig, PMPOLoss, value_loss
@@ -39,9 +39,12 @@ class Phase3Config(Config):
         return self
 
 
-def freeze_world_model(agent: Agent) -> None:
-    """Freeze the dynamics, reward and continue heads: no gradient, eval mode. Policy and value stay trainable."""
-    for module in (agent.dynamics, agent.reward, agent.continue_):
+def freeze_world_model(agent: Agent, tokenizer: nn.Module | None = None) -> None:
+    """Freeze the dynamics, the reward and continue heads, and the tokenizer where there is one: no gradient, eval mode.
+
+    Policy and value stay trainable.
+    """
+    for module in (agent.dynamics, agent.reward, agent.continue_, *([] if tokenizer is None else [tokenizer])):
         module.requires_grad_(False)
         module.eval()
 

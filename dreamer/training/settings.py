@@ -37,6 +37,7 @@ class RecordingsConfig(Config):
 class DataConfig(Config):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)  # of the episodes: held out
     recordings: RecordingsConfig | None = None  # null: record with the players
+    latents: Path | None = None  # made by pretokenize_dataset.py: then phases 1 to 3 need no recordings. null: those of the run
     num_val_batches: int = Field(default=4, ge=1)  # looked at in each validation
 
 

@@ -18,7 +18,7 @@ from dreamer.models import Agent
 from dreamer.ops import flow
 from dreamer.training.logging import RunLogger
 from dreamer.training.loop import step_generator
-from dreamer.training.phase0 import Phase0
+from dreamer.training.phase0 import Phase0, Phase0Cosmos
 from dreamer.training.phase1 import Phase1, shortcut_step
 from dreamer.training.phase2 import Phase2
 from dreamer.training.phase3 import Phase3
@@ -29,7 +29,7 @@ Pixels = UInt8[Tensor, "B F C H W"]
 MAX_PICTURES = 8  # in a picture of reconstructions
 
 
-def validate_tokenizer(phase: Phase0, frames: Pixels) -> Hook:
+def validate_tokenizer(phase: Phase0 | Phase0Cosmos, frames: Pixels) -> Hook:
     """PSNR of reconstructed held-out frames, beside that of their mean image (a tokenizer that stalls learns no more than it)."""
     mean_image = frames.float().mean((0, 1))
     mean_psnr = float(psnr_of_mse(float((frames.float() - mean_image).square().mean())))
@@ -43,6 +43,17 @@ def validate_tokenizer(phase: Phase0, frames: Pixels) -> Hook:
         rows = [np.concatenate(list(image_layout(clip[:MAX_PICTURES, 0])), axis=1) for clip in (frames, decoded)]
         logger.image(step, "reconstruction", upscale(np.concatenate(rows), 2))
         return {"val_psnr": float(psnr_of_mse(mse)), "val_psnr_mean_image": mean_psnr}
+
+    return hook
+
+
+def validate_latent_scale(phase: Phase0Cosmos, frames: Pixels) -> Hook:
+    """Mean and deviation of held-out latents: how far adaptation has moved them from what their normalisation was made for (0 and 1)."""
+
+    @torch.no_grad()
+    def hook(logger: RunLogger, step: int) -> dict[str, float]:
+        latents = torch.cat([phase.model.encode(part).cpu() for part in frames.split(32)])
+        return {"val_latent_mean": float(latents.mean()), "val_latent_std": float(latents.std())}
 
     return hook
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from dreamer.models import (
 )
 from dreamer.models.causal_tokenizer import to_signed
 from dreamer.models.cosmos_weights import REPOSITORIES, ScriptedCosmos, build_network, diffusers_names
+from dreamer.training.checkpoint import save_checkpoint
+from dreamer.training.models_io import load_tokenizer, tokenizer_info
 
 pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
 
@@ -191,6 +194,23 @@ def test_torchscript_layout(network: Any, scripts: Path, clip: Clip, native: Nat
     torch.testing.assert_close(tokenizer.latent_std, torch.stack([std[:, 0], std[:, 1:].mean(1)]))
 
 
+def test_a_checkpoint_of_either_layout_needs_the_original_no_more(
+    scripts: Path, saved: Path, tmp_path: Path, clip: Clip, native: Native
+) -> None:
+    for layout in (scripts, saved):
+        folder = shutil.copytree(layout, tmp_path / layout.name)
+        tokenizer = create_cosmos_tokenizer(folder, **native)
+        tensors, info = tokenizer.state_dict(), tokenizer_info(tokenizer)
+        path = save_checkpoint(tmp_path / f"of_{layout.name}", 0, model_tensors=tensors, model_info=info, train_tensors={}, state={})
+        shutil.rmtree(folder)
+        loaded = load_tokenizer(path)
+        assert isinstance(loaded, CosmosTokenizerWrapper) and loaded.config == tokenizer.config
+        assert loaded.fingerprint() == tokenizer.fingerprint()
+        frames = clip(9)
+        assert torch.equal(loaded.encode(frames), tokenizer.encode(frames))
+        assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.train().training
+
+
 def test_torchscript_layout_in_one_file(
     network: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrap: Wrap, clip: Clip, native: Native
 ) -> None:
@@ -322,6 +342,23 @@ def test_torchscript_runs_only_when_trusted_and_on_cuda(scripts: Path, network: 
         assert not tokenizer.can_stream
         with pytest.raises(ValueError, match="TorchScript encodes whole clips only"):
             tokenizer.new_cache(1, "encoder")
+
+
+def test_a_program_goes_into_no_checkpoint(scripts: Path, network: Any, wrap: Wrap) -> None:
+    encoder, decoder = (torch.jit.load(scripts / name) for name in ("encoder.jit", "decoder.jit"))
+    with pytest.raises(ValueError, match="a checkpoint holds weights, no programs; leave it false"):
+        tokenizer_info(wrap(ScriptedCosmos(encoder, decoder, network.config)))
+
+
+def test_a_checkpoint_without_diffusers_is_not_called_damaged(
+    network: Any, tmp_path: Path, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = wrap(network)
+    tensors, info = tokenizer.state_dict(), tokenizer_info(tokenizer)
+    save_checkpoint(tmp_path, 0, model_tensors=tensors, model_info=info, train_tensors={}, state={})
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"^the Cosmos tokenizer needs diffusers, which is not installed"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_config_that_is_not_enabled_is_refused() -> None:

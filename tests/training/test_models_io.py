@@ -85,6 +85,13 @@ def test_a_damaged_description_is_named(agent: Agent, tmp_path: Path, change: di
     assert str(path / "model.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("change", [{"tokenizer": "magic"}, {"tokenizer": None}, {"frame_shape": [3, 17, 16]}, {"config": {"patch": 4}}])
+def test_a_damaged_description_of_a_tokenizer_is_named(tokenizer: CausalTokenizer, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = save(tmp_path, tokenizer, tokenizer_info(tokenizer) | change)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path / 'model.json'))}: does not describe a model"):
+        load_tokenizer(tmp_path)
+
+
 def test_missing_keys_and_weights_of_another_size_are_named(agent: Agent, tmp_path: Path) -> None:
     info = agent_info(agent, tokenizer_fingerprint="abc", phase="phase2")
     path = save(tmp_path, agent, info)

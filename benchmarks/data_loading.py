@@ -32,9 +32,9 @@ from dreamer.data import (
     episode_from_steps,
     frame_batches,
 )
-from dreamer.data.minecraft import MINERL
 from dreamer.models import CausalTokenizer, CosmosTokenizerConfig, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import build_network
+from dreamer.ops.minecraft import MINERL
 from dreamer.pipeline.run import hardware, write_json
 from dreamer.types import Tokenizer
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from dreamer.data import LatentWriter, create_pretokenized_dataloader
-from dreamer.data.minecraft import MINERL
 from dreamer.imagination import ImaginationRollout, RolloutConfig, SamplerConfig
 from dreamer.losses import PMPOLoss, ShortcutForcingConfig, ShortcutForcingLoss
 from dreamer.models import (
@@ -21,6 +20,7 @@ from dreamer.models import (
     TransformerConfig,
     create_cosmos_tokenizer,
 )
+from dreamer.ops.minecraft import MINERL
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import AgentLossConfig, Phase2
 from dreamer.training.phase3 import ImaginationConfig, Phase3

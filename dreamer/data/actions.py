@@ -10,10 +10,9 @@ import gymnasium as gym
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from dreamer.data.minecraft import MINERL, MINERL_ITEMS, VPT
+from dreamer.ops.minecraft import ACTION_SPACES
 from dreamer.types import ActionComponent, ActionSpace
 
-ACTION_SPACES = {"minerl": MINERL, "minerl_items": MINERL_ITEMS, "vpt": VPT}
 SUPPORTED = "Discrete, MultiDiscrete, MultiBinary, bounded Box, and Dict of these"
 
 
@@ -76,6 +75,12 @@ class ActionCodec:
         action, used = _unflatten(self.gym_space, row)
         assert used == len(row)
         return action
+
+
+def env_codec(env: gym.Env[Any, Any]) -> ActionCodec:
+    """The codec of an environment's actions. Its ``action_names`` are the labels of the only component, or a dictionary of every one's."""
+    names = getattr(env, "action_names", None)
+    return ActionCodec(env.action_space, names if names is None or isinstance(names, Mapping) else {"action": names})
 
 
 def _components(space: gym.Space[Any], name: str) -> list[ActionComponent]:

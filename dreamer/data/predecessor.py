@@ -34,10 +34,10 @@ from torch import Tensor
 from dreamer.data.actions import as_action_space
 from dreamer.data.alignment import chunk_actions, chunk_rewards, episode_from_steps, episode_from_transitions, num_latent_steps
 from dreamer.data.files import fsync_path
-from dreamer.data.minecraft import MINERL
 from dreamer.data.readers.files import refuse
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import LatentStore, LatentWriter
+from dreamer.ops.minecraft import MINERL
 from dreamer.types import ActionSpace, Episode
 
 UNKNOWN_TOKENIZER = "unknown: converted from the predecessor's latents.pt"

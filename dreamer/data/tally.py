@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from dreamer.data.minecraft import CAMERA, CAMERA_BINS, decode_camera
+from dreamer.ops.minecraft import CAMERA, CAMERA_BINS, decode_camera
 from dreamer.types import ActionComponent, ActionSpace
 
 NUM_BINS = 10  # of the histogram of a continuous action

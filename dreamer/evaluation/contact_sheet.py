@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from dreamer.data.minecraft import CAMERA, decode_camera
 from dreamer.evaluation.media import image_layout, rgba, upscale
+from dreamer.ops.minecraft import CAMERA, decode_camera
 from dreamer.types import ActionSpace
 
 HEIGHT = 192  # about that of a frame on the sheet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,28 +17,14 @@ from dreamer.data.actions import ActionCodec
 from dreamer.imagination.sampler import Sampler, SamplerConfig
 from dreamer.imagination.tokenizers import decode_windows, decodes_windows, require_streaming
 from dreamer.models import Agent
-from dreamer.types import ActionComponent, ActionSpace, Batch, Config, Tokenizer
+from dreamer.ops.spaces import gym_space
+from dreamer.types import Batch, Config, Tokenizer
 
 
 class WorldModelEnvConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     length: int = Field(default=64, ge=1)  # latent steps after which an episode is cut off
     ending: Literal["sample", "threshold"] = "sample"  # how the continue probability c ends an episode: with 1 - c, or below one half
-
-
-def gym_space(space: ActionSpace) -> gymnasium.Space[Any]:
-    """The Gymnasium space of an action space: that of its only component, or a Dict of all in their order."""
-
-    def of(component: ActionComponent) -> gymnasium.Space[Any]:
-        if component.kind == "categorical":
-            return gymnasium.spaces.Discrete(component.size)
-        if component.kind == "binary":
-            return gymnasium.spaces.MultiBinary(component.size)
-        return gymnasium.spaces.Box(component.low, component.high, (component.size,), np.float32)
-
-    if len(space.components) == 1:
-        return of(space.components[0])
-    return gymnasium.spaces.Dict(OrderedDict((c.name, of(c)) for c in space.components))  # a plain dict would be sorted
 
 
 class WorldModelEnv(gymnasium.Env):

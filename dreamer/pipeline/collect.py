@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from dreamer.data import ActionCodec, EpisodeStore, import_recordings
+from dreamer.data import EpisodeStore, import_recordings
+from dreamer.data.actions import env_codec
 from dreamer.data.shards import STORE_FILE
 from dreamer.envs import make_env, make_player
 from dreamer.evaluation.agent import PolicyPlayer
@@ -100,14 +102,13 @@ def make_any_player(name: str, env: EnvConfig, /, **options: Any) -> Player:
 def check_actions(agent: Agent, env: EnvConfig, where: Path) -> None:
     """``ValueError`` unless the agent at ``where`` acts as the environment does. Labels count where both have them."""
     made = make_env(env.name, **env.options)
-    names = getattr(made, "action_names", None)
-    spaces = agent.action_space, ActionCodec(made.action_space, {"action": names} if names else None).space
+    spaces = agent.action_space, env_codec(made).space
     made.close()
     has_labels = all(component.labels for space in spaces for component in space.components)
     own, other = (_told(space, has_labels) for space in spaces)
     if own != other:
         raise ValueError(
-            f"{where}: the agent's actions are {own}, those of the environment {env.name!r} {other}; expected the same: "
+            f"{where}: the agent's actions are {_short(own)}, those of the environment {env.name!r} {_short(other)}; expected the same: "
             "choose the environment that it was trained for"
         )
 
@@ -120,6 +121,10 @@ def _told(space: ActionSpace, has_labels: bool) -> str:
         return f"{c.name} ({c.kind} {c.size}{bounds}{': ' + ', '.join(c.labels) if has_labels else ''})"
 
     return " + ".join(map(one, space.components))
+
+
+def _short(told: str) -> str:
+    return textwrap.shorten(told, 300, placeholder=" ...")  # a camera has 121 labels
 
 
 def _count(path: Path) -> int:

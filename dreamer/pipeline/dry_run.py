@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dreamer.config import DreamerConfig
-from dreamer.data import READERS, ActionCodec, EpisodeStore, LatentStore, make_reader
+from dreamer.data import READERS, EpisodeStore, LatentStore, make_reader
+from dreamer.data.actions import env_codec
 from dreamer.data.pretokenized_dataset import long_batch_size
 from dreamer.data.shards import STORE_FILE
 from dreamer.envs import make_env
@@ -137,7 +138,7 @@ def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:
     if env is None:
         raise ValueError(f"{run.episodes_path}: no episodes here, and no data.recordings or env are set that would tell the frames' size")
     made = make_env(env.name, **env.options)
-    space, (height, width, channels) = ActionCodec(made.action_space).space, made.observation_space.sample().shape
+    space, (height, width, channels) = env_codec(made).space, made.observation_space.sample().shape
     made.close()
     return space, (channels, height, width), f"the environment {env.name}"
 

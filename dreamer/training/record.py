@@ -12,7 +12,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
-from dreamer.data.actions import ActionCodec
+from dreamer.data.actions import ActionCodec, env_codec
 from dreamer.data.alignment import episode_from_transitions
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
@@ -47,8 +47,7 @@ def record(
     schedule = player_schedule([fraction for _, _, fraction in players], num_episodes)
     env = make_env(env_name, **env_options)
     cast_of_players = [player_maker(name, env_name, **options) for name, options, _ in players]
-    names = getattr(env, "action_names", None)
-    codec = ActionCodec(env.action_space, {"action": names} if names else None)
+    codec = env_codec(env)
     extra = {"env": env_name, "env_options": env_options, "players": [list(share) for share in players], "seed": seed}
     fps = float(env.metadata.get("render_fps") or 10)
     with EpisodeWriter(out, codec.space, frames_per_second=fps, shard_episodes=shard_episodes, extra=extra) as writer:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dreamer.data import EpisodeStore, import_recordings, make_reader
-from dreamer.data.minecraft import MINERL
+from dreamer.ops.minecraft import MINERL
 
 
 def write(folder, length=6, num_rewards=None):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dreamer.data import LatentStore, PretokenizedDataset, convert_predecessor, create_pretokenized_dataloader, open_latents
-from dreamer.data.minecraft import CAMERA_STILL, MINERL
 from dreamer.data.predecessor import UNKNOWN_TOKENIZER
+from dreamer.ops.minecraft import CAMERA_STILL, MINERL
 
 
 def keys_and_camera(num_rows: int) -> dict[str, torch.Tensor]:

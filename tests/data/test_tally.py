@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from dreamer.data.minecraft import CAMERA
 from dreamer.data.tally import ActionTally, EpisodeTally, spread
+from dreamer.ops.minecraft import CAMERA
 from dreamer.types import ActionComponent, ActionSpace
 
 MOVE = ActionComponent("move", "categorical", 4, labels=("left", "stay", "right", "jump"))

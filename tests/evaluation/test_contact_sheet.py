@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from dreamer.data.minecraft import MINERL_ITEMS, VPT
 from dreamer.evaluation.contact_sheet import MARK, SheetRow, action_words, contact_sheet
+from dreamer.ops.minecraft import MINERL_ITEMS, VPT
 from dreamer.types import ActionComponent, ActionSpace
 
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from dreamer.data.actions import ActionCodec
 from dreamer.imagination import SamplerConfig, WorldModelEnv, WorldModelEnvConfig
-from dreamer.imagination.world_model_env import gym_space
 from dreamer.models import Agent, CausalTokenizer, CausalTokenizerConfig, TransformerConfig
-from dreamer.types import ActionComponent, ActionSpace, Batch, Env
+from dreamer.types import Batch, Env
 
 STAY = {"move": 0, "jump": np.array([0], np.int8)}
 GO = {"move": 3, "jump": np.array([1], np.int8)}
@@ -104,12 +102,3 @@ def test_bad_input_is_refused(env: WorldModelEnv, make_agent, make_batch) -> Non
         build(make_agent(), make_batch(time=7))
     with pytest.raises(ValueError, match="the agent was trained with"):
         WorldModelEnv(env.agent, env.tokenizer, env.contexts, action_space=gymnasium.spaces.Discrete(5))
-
-
-def test_spaces_of_every_kind() -> None:
-    space = ActionSpace((ActionComponent("z", "categorical", 4), ActionComponent("a", "binary", 3), ActionComponent("m", "continuous", 2)))
-    codec = ActionCodec(gym_space(space))
-    assert [(c.name, c.kind, c.size) for c in codec.space.components] == [(c.name, c.kind, c.size) for c in space.components]
-    row = np.array([2, 1, 0, 1, 0.5, -0.5], np.float32)
-    assert np.array_equal(codec.encode(codec.decode(row)), row)
-    assert gym_space(ActionSpace(space.components[:1])) == gymnasium.spaces.Discrete(4)

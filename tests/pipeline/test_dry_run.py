@@ -10,8 +10,8 @@ import pytest
 from dreamer.cli import PRESETS, main
 from dreamer.config import DreamerConfig, load_config
 from dreamer.data import LatentWriter
-from dreamer.data.minecraft import MINERL
 from dreamer.models import Agent, CausalTokenizer
+from dreamer.ops.minecraft import MINERL
 from dreamer.pipeline import Run
 from dreamer.pipeline.dry_run import count_parameters, dry_run, find_inputs, make_plan
 from dreamer.training.loop import Phase

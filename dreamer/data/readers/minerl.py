@@ -18,9 +18,10 @@ import numpy as np
 
 from dreamer.data.alignment import episode_from_transitions
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import MINERL, MINERL_ITEMS, minerl_columns
+from dreamer.data.minecraft import minerl_columns
 from dreamer.data.readers.files import load_json, load_npz, npz_shapes, refuse
 from dreamer.data.readers.frames import check_size, decode_frames
+from dreamer.ops.minecraft import MINERL, MINERL_ITEMS
 from dreamer.types import Episode
 
 # Streams that nobody can repair. MineRL's own loader leaves them out too (minerl/data/assets/blacklist.txt).

@@ -20,8 +20,9 @@ import numpy as np
 from dreamer.data.actions import as_action_space
 from dreamer.data.alignment import episode_from_steps, episode_from_transitions
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import ITEM_ACTIONS, MINERL, MINERL_ITEMS, MINERL_KEYS, is_minerl, minerl_columns
+from dreamer.data.minecraft import is_minerl, minerl_columns
 from dreamer.data.readers.files import load_json, load_npy, load_npz, refuse
+from dreamer.ops.minecraft import ITEM_ACTIONS, MINERL, MINERL_ITEMS, MINERL_KEYS
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
 CAMERA_DEGREES = ActionComponent("camera", "continuous", 2, -180.0, 180.0, labels=("pitch", "yaw"))

@@ -20,9 +20,9 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 
 from dreamer.data.alignment import episode_without_rewards
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import VPT, VPT_KEYS, encode_camera
 from dreamer.data.readers.files import load_jsonl
 from dreamer.data.readers.frames import check_size, decode_frames
+from dreamer.ops.minecraft import VPT, VPT_KEYS, encode_camera
 from dreamer.types import Episode
 
 DEGREES_PER_PIXEL = 360 / 2400

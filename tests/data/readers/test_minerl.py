@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from dreamer.data import EpisodeStore, import_recordings
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import MINERL, MINERL_ITEMS, MINERL_KEYS, encode_camera
 from dreamer.data.readers.minerl import MineRLReader
+from dreamer.ops.minecraft import MINERL, MINERL_ITEMS, MINERL_KEYS, encode_camera
 
 TREECHOP = "MineRLTreechop-v0"
 

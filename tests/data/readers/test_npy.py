@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import CAMERA_STILL, MINERL, MINERL_ITEMS, MINERL_KEYS, encode_camera
 from dreamer.data.readers.npy import NpyReader
+from dreamer.ops.minecraft import CAMERA_STILL, MINERL, MINERL_ITEMS, MINERL_KEYS, encode_camera
 from dreamer.types import ActionComponent, ActionSpace
 
 

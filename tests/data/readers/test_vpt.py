@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreamer.data.checks import check_episode
-from dreamer.data.minecraft import VPT, VPT_KEYS, decode_camera, encode_camera
 from dreamer.data.readers.vpt import CURSOR, VPTReader, draw_cursor, read_rows, runs
+from dreamer.ops.minecraft import VPT, VPT_KEYS, decode_camera, encode_camera
 
 COLUMN = {name: i for i, name in enumerate(VPT_KEYS)}
 CAMERA = 23

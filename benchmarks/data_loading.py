@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dreamer.cli import PRESETS
-from dreamer.config import DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.data import (
     EpisodeStore,
     EpisodeWriter,
@@ -37,6 +37,7 @@ from dreamer.models.cosmos_weights import build_network
 from dreamer.ops.minecraft import MINERL
 from dreamer.pipeline.run import hardware, write_json
 from dreamer.types import Tokenizer
+from dreamer.yaml_config import load_config
 
 ROWS, STEPS = 16, 5  # of a batch: windows, and latent steps of each
 ROUNDS = 5  # the middle one counts

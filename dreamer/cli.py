@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import dreamer
 
 PRESETS = Path(__file__).parent / "presets"
-MINECRAFT = Path(__file__).parents[1] / "configs" / "minerl_cosmos.yaml"  # settings of pretokenize --data-path, where none are given
+MINECRAFT = "minerl_cosmos"  # preset of pretokenize --data-path, where no settings are named
 PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
 
 
@@ -156,7 +156,8 @@ def presets() -> list[str]:
 
 
 def _load(arguments: argparse.Namespace):
-    from dreamer.config import DreamerConfig, load_config  # PyTorch takes seconds to import: not for --help
+    from dreamer.config import DreamerConfig  # PyTorch takes seconds to import: not for --help
+    from dreamer.yaml_config import load_config
 
     preset = arguments.preset or arguments.default_preset
     path = arguments.config or (PRESETS / f"{preset}.yaml" if preset else None)
@@ -165,11 +166,18 @@ def _load(arguments: argparse.Namespace):
     return load_config(DreamerConfig, path, arguments.overrides)
 
 
+def _setting_words(arguments: argparse.Namespace) -> list[str]:
+    """The words that give the settings, for another verb with the same ones."""
+    preset = arguments.preset or arguments.default_preset
+    source = ["--config", str(arguments.config)] if arguments.config else ["--preset", preset] if preset else []
+    return [*source, *arguments.overrides]
+
+
 def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
     def verb(arguments: argparse.Namespace, command: str) -> int:
         from dreamer.pipeline import Run, run_stage
 
-        run = Run(_load(arguments), command)
+        run = Run(_load(arguments), command, _setting_words(arguments))
         did_work = run_stage(run, name)
         print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
         return 0
@@ -186,9 +194,9 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
             told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             raise ValueError(f"got {told} without both --data-path and --output-path; without any of these, a run's episodes are encoded")
         return _stage("pretokenize")(arguments, command)
-    from dreamer.config import parse_options
     from dreamer.pipeline.pretokenize import open_tokenizer, own_device, own_share, pretokenize_path
     from dreamer.training.models_io import load_tokenizer
+    from dreamer.yaml_config import parse_options
 
     given |= {"shard": own_share(arguments.shard), "options": parse_options(arguments.options or ())}
     if arguments.tokenizer is not None:
@@ -196,8 +204,7 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
             raise ValueError("--tokenizer and settings are both given; expected one of them: settings say which other tokenizer to take")
         tokenizer = load_tokenizer(arguments.tokenizer, own_device(arguments.device or "auto"))
     else:
-        if not arguments.preset:
-            arguments.config = arguments.config or MINECRAFT
+        arguments.default_preset = MINECRAFT
         config = _load(arguments)
         tokenizer = open_tokenizer(config, own_device(arguments.device or config.device))
     store = pretokenize_path(arguments.data_path, arguments.output_path, tokenizer, **given)
@@ -229,7 +236,7 @@ def _demo(arguments: argparse.Namespace, command: str) -> int:
     from dreamer.pipeline import Run, run_all
     from dreamer.pipeline.summary import key_figures
 
-    run = Run(_load(arguments), command)
+    run = Run(_load(arguments), command, _setting_words(arguments))
     run_all(run, lambda text: print(text, flush=True), arguments.began)
     print("\n".join(["", *key_figures(run), "", f"report: {run.report_path.resolve()}"]))
     if sys.stdout.isatty() and not arguments.no_open and _has_display():
@@ -253,12 +260,11 @@ def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:
     if any(word.partition("=")[0].strip() == "seed" for word in arguments.overrides):
         raise ValueError("seed= and --seeds are both given; expected one of them")
     base = _load(arguments).run_dir
-    source = ["--config", str(arguments.config)] if arguments.config else ["--preset", arguments.preset or arguments.default_preset]
-    settings = [word for word in arguments.overrides if word.partition("=")[0].strip() != "run_dir"]
+    settings = [word for word in _setting_words(arguments) if word.partition("=")[0].strip() != "run_dir"]
     paths = [base / f"seed_{seed}" for seed in seeds]
     for seed, path in zip(seeds, paths, strict=True):
         place = str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path))  # it is read as YAML
-        words = ["demo", *source, *settings, f"seed={seed}", f"run_dir={place}"]
+        words = ["demo", *settings, f"seed={seed}", f"run_dir={place}"]
         print(shlex.join(["dreamer", *words]), flush=True)
         if code := _run_child(words):
             return code  # the child has said why
@@ -292,7 +298,8 @@ def _write_results(paths: Sequence[Path], out: Path, command: str) -> int:
 
 
 def _show_config(arguments: argparse.Namespace, command: str) -> int:
-    from dreamer.config import DreamerConfig, config_text, load_config
+    from dreamer.config import DreamerConfig
+    from dreamer.yaml_config import config_text, load_config
 
     nothing = not (arguments.config or arguments.preset or arguments.overrides)
     print(config_text(load_config(DreamerConfig) if nothing else _load(arguments)), end="")
@@ -300,8 +307,8 @@ def _show_config(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _import(arguments: argparse.Namespace, command: str) -> int:
-    from dreamer.config import parse_options
     from dreamer.data import import_recordings
+    from dreamer.yaml_config import parse_options
 
     report = import_recordings(arguments.path, arguments.out, arguments.reader, options=parse_options(arguments.option))
     known = f", {report.num_known} were there already" if report.num_known else ""
@@ -312,8 +319,8 @@ def _import(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _inspect(arguments: argparse.Namespace, command: str) -> int:
-    from dreamer.config import parse_options
     from dreamer.pipeline.inspect import inspect_path
+    from dreamer.yaml_config import parse_options
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():  # videos take a while

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import yaml
 
 from dreamer import cli
 from dreamer.cli import PRESETS, main, presets
-from dreamer.config import DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore
+from dreamer.yaml_config import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +107,26 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(
     assert said in fails(capsys, *words, "--preset", "smoke", f"run_dir={tmp_path / 'run'}")
 
 
+def test_the_command_that_is_recommended_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my settings.yaml"
+    file.write_text((PRESETS / "smoke.yaml").read_text())
+    words = ["--config", str(file), f"run_dir={tmp_path / 'run'}", "record.num_episodes=2"]
+    line = fails(capsys, "train", "phase1", *words)
+    hint = line.partition("run first: ")[2]
+    assert shlex.split(hint) == ["dreamer", "train", "tokenizer", *words]
+    hint = fails(capsys, *shlex.split(hint)[1:]).partition("run first: ")[2]
+    assert shlex.split(hint) == ["dreamer", "record", *words]
+    assert main(shlex.split(hint)[1:]) == 0 and len(EpisodeStore(tmp_path / "run" / "episodes")) == 2
+    line = fails(capsys, "train", "phase1", "--preset", "smoke", *words[2:])
+    assert line.endswith(f"run first: dreamer train tokenizer --preset smoke {words[2]} {words[3]}")
+
+
+@pytest.mark.parametrize("word", ["phase3.imagination.rollout.context=60", "phase1.train.stepz=3"])
+def test_a_bad_word_is_not_blamed_on_the_preset(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    line = fails(capsys, "demo", "--preset", "smoke", word)
+    assert line.startswith("dreamer: error: on the command line: ") and "smoke.yaml" not in line
+
+
 def test_a_run_is_not_continued_with_another_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "smoke", f"run_dir={tmp_path / 'run'}", "record.num_episodes=6"]
     small = ["phase0.train.steps=2", "phase0.normalization_frames=8"]
@@ -114,7 +136,10 @@ def test_a_run_is_not_continued_with_another_config(tmp_path: Path, capsys: pyte
     line = fails(capsys, "train", "tokenizer", *words, *small, "tokenizer.latent_channels=9")
     assert "was trained with tokenizer.latent_channels=8, this config says 9" in line
     assert "extra is" in fails(capsys, "record", *words, "seed=4")
+    line = fails(capsys, "record", *words, "record.num_episodes=7")
+    assert f"{tmp_path / 'run'}: tokenizer learned from the episodes that are here" in line and line.endswith("into another run_dir")
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert main(["record", *words]) == 0  # there is nothing to add
 
 
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from dreamer.config import ConfigError, DreamerConfig, config_keys, load_config, save_config
+from dreamer.config import DreamerConfig
 from dreamer.types import Config
+from dreamer.yaml_config import ConfigError, config_keys, load_config, save_config
 
 
 class Optim(Config):
@@ -165,6 +166,14 @@ def test_several_problems_come_together_with_their_source(tmp_path: Path) -> Non
         "phase1.steps: got 0, expected greater than or equal to 1; "
         'nmae: unknown key, got "x", expected one that exists; the nearest is name'
     )
+
+
+def test_what_the_file_has_by_itself_is_the_files(tmp_path: Path) -> None:
+    """A word that repeats a mistake of the file changes nothing; a word that makes another one in its place is to blame."""
+    path = tmp_path / "config.yaml"
+    assert message(tmp_path, "phase1: {steps: 0}", "phase1.steps=0") == f"{path}: phase1.steps: got 0, expected greater than or equal to 1"
+    found = message(tmp_path, "phase1: {steps: 0}", "phase1.steps=-1")
+    assert found == "on the command line: phase1.steps: got -1, expected greater than or equal to 1"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dreamer.config import DreamerConfig, config_keys, config_text, load_config
+from dreamer.config import DreamerConfig
 from dreamer.types import Config
+from dreamer.yaml_config import config_keys, config_text, load_config
 
 ROOT = Path(__file__).parents[1]
 BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}  # pydantic's names

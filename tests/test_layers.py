@@ -19,7 +19,7 @@ LAYERS = [
     {"training"},
     {"utils"},
     {"player"},
-    {"config"},
+    {"config", "yaml_config"},
     {"pipeline"},
     {"cli"},
     {"__main__"},

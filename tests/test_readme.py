@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from dreamer import cli
-from dreamer.config import DreamerConfig, config_keys, load_config
+from dreamer.config import DreamerConfig
+from dreamer.yaml_config import config_keys, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -33,23 +33,27 @@ def import_recordings(
     max_episodes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     options: Mapping[str, Any] | None = None,
+    before_adding: Callable[[], None] | None = None,
 ) -> ImportReport:
     """Read every recording at ``path`` with the reader ``reader_name`` and append it to the store ``out``.
 
     Run again to go on: recordings that the store holds are skipped (each is known by its place below ``path``, kept as
-    ``info["source"]``). ``options`` go to the reader. progress(done, total) is called after each recording.
+    ``info["source"]``). ``options`` go to the reader. progress(done, total) is called after each recording; before_adding,
+    once if there is something to add: it may raise.
     Raises ``ValueError`` naming the file at the first broken recording; what was read before it is kept.
     """
     root, out = Path(path), Path(out)
     options = options or {}
     reader = make_reader(reader_name, root, **options)
     recordings = reader.find(root)[:max_episodes]
+    sources = [recording_name(recording, root) for recording in recordings]
     known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
+    if before_adding and not known.issuperset(sources):
+        before_adding()
     num_episodes = num_frames = num_known = 0
     extra = reader_facts(reader_name, options)
     with EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra) as writer:
-        for done, recording in enumerate(recordings, 1):
-            source = recording_name(recording, root)
+        for done, (recording, source) in enumerate(zip(recordings, sources, strict=True), 1):
             if source in known:
                 num_known += 1
             else:

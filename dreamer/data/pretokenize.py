@@ -155,7 +155,10 @@ def _require_readable(source: EpisodeSource, sources: list[Source], tokenizer: T
 
 def _check_frames(episode: Episode, tokenizer: Tokenizer, where: str) -> None:
     if episode.frames.shape[1:] != tuple(tokenizer.frame_shape):
-        raise ValueError(f"{where}: frames of shape {episode.frames.shape[1:]}; the tokenizer takes {tuple(tokenizer.frame_shape)}")
+        raise ValueError(
+            f"{where}: frames of shape {episode.frames.shape[1:]}; the tokenizer takes {tuple(tokenizer.frame_shape)}: resize the frames, "
+            "or take a tokenizer for their size"
+        )
 
 
 def _read(source: EpisodeSource, place: int, name: str, tokenizer: Tokenizer, strict: bool) -> Episode | str:

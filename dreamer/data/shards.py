@@ -88,7 +88,7 @@ class Shard:
 
     @property
     def number(self) -> int:
-        return int(self.path.stem.removeprefix("shard-"))
+        return shard_number(self.path)
 
     def damage(self, what: object) -> ValueError:
         return ValueError(
@@ -103,6 +103,10 @@ def _view(data: np.ndarray, entry: dict[str, Any]) -> np.ndarray:
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.safetensors"
+
+
+def shard_number(path: Path) -> int:
+    return int(path.stem.removeprefix("shard-"))
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -175,7 +179,7 @@ class ShardedWriter:
         arrays = {k: np.concatenate([p[k] for p in self._parts]) for k in self._parts[0]}
         while self._parts:
             paths = shard_paths(self.path)
-            number = int(paths[-1].stem.removeprefix("shard-")) + 1 if paths else 0
+            number = shard_number(paths[-1]) + 1 if paths else 0
             with suppress(FileExistsError):  # another process was faster: the next number
                 write_shard(shard_path(self.path, number), arrays, self._header())
                 self._entries, self._parts = [], []

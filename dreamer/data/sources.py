@@ -11,6 +11,7 @@ from dreamer.data.checks import check_episode
 from dreamer.data.groups import Source
 from dreamer.data.importing import reader_facts, recording_name, skipped_by
 from dreamer.data.readers import make_reader
+from dreamer.data.shards import STORE_FILE
 from dreamer.types import ActionSpace, Episode
 
 
@@ -33,6 +34,15 @@ class EpisodeSource(Protocol):
     def episode(self, index: int) -> Episode:
         """Raises ``ValueError`` or ``OSError`` for an episode that cannot be read."""
         ...
+
+
+def means_store(path: Path, reader_name: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether ``path`` is a store, rather than recordings for a reader that is named. Raises ``ValueError`` if a store is given options."""
+    if reader_name is not None or not (path / STORE_FILE).is_file():
+        return False
+    if options:
+        raise ValueError(f"{path}: is a store, which takes no options; got {', '.join(options)}")
+    return True
 
 
 class Recordings:

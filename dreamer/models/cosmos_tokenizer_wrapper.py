@@ -146,7 +146,7 @@ class CosmosTokenizerWrapper(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> CosmosTokenizerWrapper:
         """Every move to a device ends here: the network computes in bf16 on CUDA and in fp32 elsewhere."""
         super()._apply(fn, recurse)
-        if not isinstance(self.network, ScriptedCosmos):
+        if not isinstance(self.network, ScriptedCosmos) and self._compute_dtype != self._device_dtype:
             nn.Module.to(self.network, self._device_dtype)  # diffusers' own warns of parts to keep in fp32, of which there are none
         return self
 

@@ -273,7 +273,8 @@ def load_scripted(path: Path, device: torch.device | str, checksums: Checksums =
 
 def _network_class() -> Callable[..., nn.Module]:
     try:
-        from diffusers import AutoencoderKLCosmos  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
+        with torch.device("cpu"):  # its constants are made while it is imported, maybe while a dry run builds on the meta device
+            from diffusers import AutoencoderKLCosmos  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
     except ImportError as error:
         raise ValueError(
             f"the Cosmos tokenizer needs diffusers, which is not installed ({error}); install it with: pip install 'dreamer4[cosmos]'"

@@ -26,7 +26,10 @@ from dreamer.types import ActionComponent, ActionSpace, Player
 
 
 def record_episodes(run: Run) -> bool:
-    """Fill the run's episode store: from the recordings that ``data.recordings`` names, or by recording the players."""
+    """Fill the run's episode store: from the recordings that ``data.recordings`` names, or by recording the players.
+
+    ``ValueError`` if there is something to add and the run has learned from the episodes that are there.
+    """
     config = run.config
     before = _count(run.episodes_path)
     if config.data.recordings is not None:
@@ -35,7 +38,14 @@ def record_episodes(run: Run) -> bool:
             run.episodes()
             return False
         with ProgressBar("import") as bar:
-            import_recordings(recordings.path, run.episodes_path, recordings.reader, progress=bar, options=recordings.options)
+            import_recordings(
+                recordings.path,
+                run.episodes_path,
+                recordings.reader,
+                progress=bar,
+                options=recordings.options,
+                before_adding=run.require_untrained,
+            )
     else:
         env = config.env
         assert env is not None  # the config's validator
@@ -50,9 +60,12 @@ def record_episodes(run: Run) -> bool:
                 config.seed,
                 player_maker=lambda name, _, **options: make_any_player(name, env, **options),
                 progress=bar,
+                before_adding=run.require_untrained,
             )
-    run.save_config()
-    return _count(run.episodes_path) > before
+    added = _count(run.episodes_path) > before
+    if added or not run.config_path.exists():  # else it tells what the run was made with, which these settings need not be
+        run.save_config()
+    return added
 
 
 def check_lengths(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from dreamer.pipeline.run import Run
 from dreamer.pipeline.step_cost import StepCost, num_bytes, simulate_step
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
-from dreamer.training.phase0 import Phase0
+from dreamer.training.phase0 import Phase0, Phase0Cosmos
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import Phase2
 from dreamer.training.phase3 import Phase3
@@ -70,9 +71,11 @@ def dry_run(config: DreamerConfig, part: str) -> str:
     """A page of text on ``dreamer train part``. Nothing is trained, written or kept in memory, and no data have to be there.
 
     The action space comes from the run's latents or episodes, else from the reader of its recordings, else from the environment.
-    Raises ``ValueError`` if none of them tells, and for a part that this config does not train.
+    Raises ``ValueError`` if none of them tells, and for an unknown part.
     """
     inputs = find_inputs(Run(config.model_copy(update={"device": "cpu", "threads": None})))
+    if part == "tokenizer" and not config.tokenizer_steps:
+        return _nothing_to_train(config, inputs)
     plan = make_plan(config, part, inputs)
     costs = [
         simulate_step(plan.build, s.batch, plan.train, step=s.number, whole_number=s.num_uniform_rows, carried=s.carried)
@@ -122,7 +125,7 @@ def find_inputs(run: Run) -> Inputs:
 
 def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:
     """Action space and frame shape of the episodes, of the recordings that will be imported, or of the environment that will be played."""
-    recordings, env = run.config.data.recordings, run.config.env
+    recordings, env, cosmos = run.config.data.recordings, run.config.env, run.config.cosmos_tokenizer
     if (run.episodes_path / STORE_FILE).exists() or (recordings is not None and recordings.reader == "store"):
         store = EpisodeStore(run.episodes_path)
         channels, height, width = store.frame_shape
@@ -131,8 +134,14 @@ def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:
         name, path = recordings.reader, recordings.path
         # a format that has one action space needs no files; the others say what they miss
         make = READERS[name] if name in READERS and not path.exists() else functools.partial(make_reader, name)
-        reader = make(path, **recordings.options)
-        size = getattr(reader, "size", None)
+        try:
+            reader = make(path, **recordings.options)
+        except ValueError as error:
+            if path.exists() or "action_space" not in inspect.signature(make).parameters:
+                raise
+            hint = "a dry run before they are there needs data.recordings.options.action_space, such as minerl"
+            raise ValueError(f"{error}; {hint}") from error
+        size = cosmos.frame_size if cosmos.enabled else getattr(reader, "size", None)
         height, width = size or reader.read(reader.find(path)[0]).frames.shape[2:]
         return reader.action_space, (3, height, width), f"recordings of the format {name}"
     if env is None:
@@ -159,13 +168,9 @@ def make_plan(config: DreamerConfig, part: str, inputs: Inputs) -> Plan:
         )
 
     if part == "tokenizer":
-        if config.cosmos_tokenizer.enabled:
-            raise ValueError("cosmos_tokenizer.enabled is true; a dry run of the part tokenizer knows the causal tokenizer alone")
-        phase0 = config.phase0
-        shape = (phase0.train.batch_size, phase0.num_frames, *inputs.frame_shape)
+        shape = (config.phase0.train.batch_size, config.phase0.num_frames, *inputs.frame_shape)
         batch = Step("batch", 1.0, lambda: FrameBatch(torch.zeros(shape, dtype=torch.uint8)))
-        # the perceptual loss needs weights that may not be here, and is left out
-        return Plan(lambda: Phase0(CausalTokenizer(config.tokenizer, inputs.frame_shape), phase0, lambda: ()), phase0.train, (batch,))
+        return Plan(lambda: _phase0(config, inputs), config.phase0.train, (batch,))
     if part == "phase1":
         phase1 = config.phase1
         return Plan(lambda: Phase1(agent(), phase1.shortcut), phase1.train, _steps(inputs, phase1, phase1.train.batch_size))
@@ -185,6 +190,16 @@ def make_plan(config: DreamerConfig, part: str, inputs: Inputs) -> Plan:
             steps.append(Step(name, 1 - 1 / every, batch, dreaming + 1, carried=before))
         return Plan(lambda: Phase3(agent(), phase3), config.phase3.train, tuple(steps))
     raise ValueError(f"no part is called {part!r}; expected tokenizer, phase1, phase2, bc_long or phase3")
+
+
+def _phase0(config: DreamerConfig, inputs: Inputs) -> Phase0 | Phase0Cosmos:
+    """Without the perceptual loss, whose weights may not be here."""
+    if not config.cosmos_tokenizer.enabled:
+        return Phase0(CausalTokenizer(config.tokenizer, inputs.frame_shape), config.phase0, lambda: ())
+    network = build_network({})
+    with torch.device("cpu"):  # it looks at the values of its statistics
+        tokenizer = CosmosTokenizerWrapper(config.cosmos_tokenizer, network)
+    return Phase0Cosmos(tokenizer, config.phase0)
 
 
 def _steps(inputs: Inputs, config: SequenceConfig, batch_size: int, relevant_fraction: float = 0.0) -> tuple[Step, ...]:
@@ -268,6 +283,20 @@ def frozen_bytes(tokenizer: nn.Module | None) -> int:
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------------------
+
+
+def _nothing_to_train(config: DreamerConfig, inputs: Inputs) -> str:
+    frozen = sum(p.numel() for p in inputs.tokenizer.parameters())
+    lines = [
+        "dry run of tokenizer: there is nothing to train",
+        f"phase0.cosmos.adapt is none: the {frozen:,} parameters of the Cosmos tokenizer stay as they are",
+    ]
+    if config.cosmos_tokenizer.spatial_mode == "project":
+        lines.append(f"its projection is fitted to {config.phase0.normalization_frames:,} frames, which go through the encoder once")
+    remedy = "phase0.cosmos.adapt=decoder (or all)"
+    if config.cosmos_tokenizer.spatial_mode == "mean":
+        remedy += " with cosmos_tokenizer.spatial_mode project or none; what mean keeps cannot be decoded"
+    return "\n".join([*lines, f"to adapt it to the frames: {remedy}"])
 
 
 def _inputs_text(inputs: Inputs, plan: Plan) -> list[str]:

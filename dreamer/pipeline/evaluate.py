@@ -120,7 +120,7 @@ def evaluate_agent(run: Run) -> bool:
         raise ValueError("env is null: there is no environment to play in; set env.name to evaluate the agent")
     phases = [phase for phase in TRAINED if run.has(phase)]
     if not phases:
-        raise ValueError(f"{run.path}: holds no trained agent; run first: dreamer train phase2")
+        raise ValueError(f"{run.path}: holds no trained agent; run first: {run.command_for('train phase2')}")
     settings = {
         "agent": config.model_dump(mode="json"),
         "env": env.model_dump(mode="json"),

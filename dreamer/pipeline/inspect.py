@@ -15,6 +15,7 @@ from dreamer.data import EpisodeStore, LatentStore, guess_reader, make_reader
 from dreamer.data.importing import recording_name, skipped_by
 from dreamer.data.readers.files import load_json
 from dreamer.data.shards import STORE_FILE
+from dreamer.data.sources import means_store
 from dreamer.data.tally import EpisodeTally
 from dreamer.evaluation.contact_sheet import SheetRow, contact_sheet
 from dreamer.evaluation.media import encode_png, write_atomic
@@ -86,9 +87,7 @@ def inspect_path(
         raise ValueError(f"{path}: does not exist")
     if max_episodes is not None and max_episodes < 1:
         raise ValueError(f"max_episodes is {max_episodes}; expected at least 1")
-    if reader_name is None and (path / STORE_FILE).is_file():
-        if options:
-            raise ValueError(f"{path}: is a store, which takes no options; got {', '.join(options)}")
+    if means_store(path, reader_name, options or {}):
         meta = load_json(path / STORE_FILE)
         if isinstance(meta, dict) and meta.get("kind") == LatentStore.kind:
             return _inspect_latents(LatentStore(path, allow_partial=True), max_episodes, progress)

@@ -14,6 +14,7 @@ import torch
 from dreamer.config import DreamerConfig
 from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader, pretokenize
 from dreamer.data.shards import STORE_FILE
+from dreamer.data.sources import means_store
 from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.collect import ProgressBar
 from dreamer.pipeline.run import Run, choose_device
@@ -73,9 +74,7 @@ def pretokenize_path(
 def open_source(path: Path, frame_shape: tuple[int, int, int], reader_name: str | None, options: Mapping[str, Any]) -> EpisodeSource:
     """An episode store, or recordings (reader_name: their format; default: guessed by the names of the files), scaled to ``frame_shape``
     where the reader can do that and ``options`` do not say otherwise."""
-    if reader_name is None and (path / STORE_FILE).is_file():
-        if options:
-            raise ValueError(f"{path}: is a store, which takes no options; got {', '.join(options)}")
+    if means_store(path, reader_name, options):
         return EpisodeStore(path)
     name = reader_name or guess_reader(path)
     scales = name in READERS and "size" in inspect.signature(READERS[name]).parameters

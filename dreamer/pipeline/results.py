@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dreamer.config import DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.pooled import Figure, pool_returns, pool_world_models
 from dreamer.evaluation.video import WorldModelResult
 from dreamer.pipeline.targets import Check, check_targets
 from dreamer.training.checkpoint import read_json
+from dreamer.yaml_config import load_config
 
 MAY_DIFFER = ("seed", "run_dir")
 

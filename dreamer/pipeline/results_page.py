@@ -6,7 +6,6 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from dreamer.config import save_config
 from dreamer.evaluation.intervals import Interval
 from dreamer.evaluation.media import write_atomic
 from dreamer.evaluation.pooled import Figure
@@ -15,6 +14,7 @@ from dreamer.evaluation.video import RECONSTRUCTION, SHUFFLED_ACTIONS, TRUE_ACTI
 from dreamer.pipeline.results import Results
 from dreamer.pipeline.run import write_json
 from dreamer.pipeline.targets import text
+from dreamer.yaml_config import save_config
 
 BLUE, ORANGE, GREY, GREEN = "#3a7cc8", "#d9792b", "#8c8c8c", "#4b9b61"
 KIND_COLOURS = {TRUE_ACTIONS: BLUE, SHUFFLED_ACTIONS: ORANGE, RECONSTRUCTION: GREEN}

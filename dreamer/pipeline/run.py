@@ -9,22 +9,26 @@ import json
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dreamer import __version__
-from dreamer.config import DreamerConfig, save_config
+from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, LatentStore, open_latents, split_episodes
 from dreamer.data.pretokenized_dataset import Ids
+from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent
-from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json
+from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer
 from dreamer.types import Tokenizer
+from dreamer.yaml_config import save_config
 
 
 class Run:
@@ -37,12 +41,17 @@ class Run:
     report.html
     """
 
-    def __init__(self, config: DreamerConfig, command: str = "") -> None:
-        self.config, self.command = config, command
+    def __init__(self, config: DreamerConfig, command: str = "", words: Sequence[str] = ()) -> None:
+        """``command``: what was typed. ``words``: those of it that give the settings, for commands that errors recommend."""
+        self.config, self.command, self.words = config, command, words
         self.path = config.run_dir
         self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
 
     @property
     def episodes_path(self) -> Path:
@@ -68,17 +77,27 @@ class Run:
 
     def save_config(self) -> None:
         """Write config.yaml. Stages call it once they know that they will go on with what is there."""
-        save_config(self.config, self.path / "config.yaml")
+        save_config(self.config, self.config_path)
 
     def seed(self, *key: object) -> int:
         """A seed (31 bits) for one purpose, from the run's."""
         digest = hashlib.blake2b(repr((self.config.seed, *key)).encode(), digest_size=4).digest()
         return int.from_bytes(digest, "big") >> 1
 
+    def command_for(self, verb: str) -> str:
+        """The command of another verb for this run, as it can be typed."""
+        return shlex.join(["dreamer", *verb.split(), *self.words])
+
     # What earlier stages made; each ValueError says which command makes it.
 
     def episodes(self) -> EpisodeStore:
-        return EpisodeStore(self._existing(self.episodes_path, "record"))
+        path = self.episodes_path
+        if path != self.path / "episodes" and not (path / STORE_FILE).is_file():
+            raise ValueError(
+                f"{path}: no episodes store here ({STORE_FILE} is missing); data.recordings.reader is store, for other recordings name "
+                "their format"
+            )
+        return EpisodeStore(self._existing(path, "record"))
 
     def latents(self, tokenizer: Tokenizer | None) -> LatentStore:
         """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one, if it is known."""
@@ -86,7 +105,9 @@ class Run:
         if tokenizer is not None:
             store.check_tokenizer(tokenizer.fingerprint())
         if self.has_episodes and len(store) != len(self.episodes()):
-            raise ValueError(f"{store.path}: {len(store)} of {len(self.episodes())} episodes are pretokenized; run: dreamer pretokenize")
+            raise ValueError(
+                f"{store.path}: {len(store)} of {len(self.episodes())} episodes are pretokenized; run: {self.command_for('pretokenize')}"
+            )
         return store
 
     def _foreign_latents(self) -> LatentStore:
@@ -135,13 +156,25 @@ class Run:
     def require_finished(self, phase: str, steps: int | None) -> None:
         found = list_checkpoints(self.path / phase)
         if not found:
-            raise ValueError(f"{self.path / phase}: holds no checkpoint; run first: dreamer train {phase}")
+            raise ValueError(f"{self.path / phase}: holds no checkpoint; run first: {self.command_for(f'train {phase}')}")
         if steps is not None and found[-1][0] < steps:
-            raise ValueError(f"{self.path / phase}: is at step {found[-1][0]} of {steps}; run again to finish it: dreamer train {phase}")
+            again = self.command_for(f"train {phase}")
+            raise ValueError(f"{self.path / phase}: is at step {found[-1][0]} of {steps}; run again to finish it: {again}")
+
+    def require_untrained(self) -> None:
+        """``ValueError`` if something has learned from the run's episodes: with others among them, it could not go on."""
+        folders = sorted(path.parent for path in self.path.glob("*/checkpoints"))
+        newest = {folder.name: found[-1][1] for folder in folders if (found := list_checkpoints(folder))}
+        # a Cosmos tokenizer that is taken as it is has seen no episodes
+        if self.has_episodes and (trained := [phase for phase, path in newest.items() if "data" in read_state(path)["settings"]]):
+            raise ValueError(
+                f"{self.path}: {', '.join(trained)} learned from the episodes that are here, and can go on with no others; nothing was "
+                "added: record into another run_dir"
+            )
 
     def _existing(self, path: Path, verb: str) -> Path:
         if not path.is_dir():
-            raise ValueError(f"{path}: does not exist; run first: dreamer {verb}")
+            raise ValueError(f"{path}: does not exist; run first: {self.command_for(verb)}")
         return path
 
     # What was spent.

@@ -35,12 +35,14 @@ def record(
     player_maker: PlayerMaker = make_player,
     shard_episodes: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    before_adding: Callable[[], None] | None = None,
 ) -> EpisodeStore:
     """Record until the store at ``out`` holds ``num_episodes``; goes on where an earlier call stopped.
 
     ``player_maker`` turns names and options into players (pass your own to record a trained agent). ``progress`` is called
-    with (episodes done, ``num_episodes``). Raises ``ValueError`` for unknown names and options, for fractions that do not sum
-    to 1, and if ``out`` was recorded with other settings; nothing is written then.
+    with (episodes done, ``num_episodes``); ``before_adding``, once if there is something to add: it may raise.
+    Raises ``ValueError`` for unknown names and options, for fractions that do not sum to 1, and if ``out`` was recorded with
+    other settings; nothing is written then.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes is {num_episodes}; expected at least 1")
@@ -52,6 +54,8 @@ def record(
     fps = float(env.metadata.get("render_fps") or 10)
     with EpisodeWriter(out, codec.space, frames_per_second=fps, shard_episodes=shard_episodes, extra=extra) as writer:
         num_done = EpisodeStore(out).num_episodes if (Path(out) / STORE_FILE).exists() else 0
+        if before_adding is not None and num_done < num_episodes:
+            before_adding()
         for index in range(num_done, num_episodes):
             writer.add(play_episode(env, cast_of_players[schedule[index]], codec, episode_seed(seed, index, "record")))
             if progress is not None:

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from dreamer.models import CosmosTokenizerWrapper
-from dreamer.models.causal_tokenizer import to_signed
 from dreamer.models.cosmos_stream import stream_decode, stream_encode
 
 Wrap = Callable[..., CosmosTokenizerWrapper]
 Clip = Callable[..., Tensor]
-
-
-def signed(frames: Tensor) -> Tensor:
-    return to_signed(frames).transpose(1, 2)
+Signed = Callable[[Tensor], Tensor]
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
@@ -41,7 +37,7 @@ def test_a_latent_shows_first_in_frame_8t_minus_7(network: Any, step: int) -> No
 
 
 @pytest.mark.parametrize("pieces", [[1, 8, 8, 8], [1, 16, 8], [9, 16], [17, 8], [25]])
-def test_the_streamed_network_equals_that_of_diffusers(network: Any, pieces: list[int], clip: Clip) -> None:
+def test_the_streamed_network_equals_that_of_diffusers(network: Any, pieces: list[int], clip: Clip, signed: Signed) -> None:
     pixels = signed(clip(25, batch=2))
     with torch.no_grad():
         latents = network.encode(pixels).latent_dist.mode()

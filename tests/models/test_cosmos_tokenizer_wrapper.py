@@ -12,21 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer.models import CosmosTokenizerConfig, CosmosTokenizerWrapper
-from dreamer.models.causal_tokenizer import to_signed, to_uint8
+from dreamer.models.causal_tokenizer import to_uint8
 from dreamer.models.cosmos_weights import build_network, latent_statistics
 from dreamer.types import Tokenizer
 
 Wrap = Callable[..., CosmosTokenizerWrapper]
 Clip = Callable[..., Tensor]
-
-
-def signed(frames: Tensor) -> Tensor:
-    return to_signed(frames).transpose(1, 2)
-
-
-def raw_encode(network: Any, frames: Tensor) -> Tensor:
-    with torch.no_grad():
-        return network.encode(signed(frames)).latent_dist.mode()
+Signed = Callable[[Tensor], Tensor]
+RawEncode = Callable[[Any, Tensor], Tensor]
 
 
 @pytest.mark.parametrize("num_frames", range(1, 35))
@@ -194,7 +187,7 @@ def test_bf16_on_cuda_and_fp32_on_the_cpu(make_network: Callable[..., Any], wrap
 # ---- pixels, padding, normalisation ----------------------------------------------------------------------------------------------
 
 
-def test_preprocessing_by_hand(network: Any, wrap: Wrap, clip: Clip) -> None:
+def test_preprocessing_by_hand(network: Any, wrap: Wrap, clip: Clip, signed: Signed) -> None:
     tokenizer = wrap(network, frame_size=(16, 16), upsampled_size=(32, 32))
     frames = clip(3, batch=2)
     frames[:, 0], frames[:, 1, :, :8], frames[:, 1, :, 8:] = 7, 0, 255
@@ -222,7 +215,7 @@ def test_the_last_frame_fills_up(network: Any, num_frames: int, wrap: Wrap, clip
     assert torch.equal(tokenizer.encode(frames), tokenizer.encode(full))
 
 
-def test_two_sets_of_statistics_by_hand(network: Any, wrap: Wrap, clip: Clip) -> None:
+def test_two_sets_of_statistics_by_hand(network: Any, wrap: Wrap, clip: Clip, raw_encode: RawEncode) -> None:
     mean, std = latent_statistics(network)
     table = torch.tensor(network.config.latents_mean).reshape(16, 16)  # channel by channel, 16 positions each
     torch.testing.assert_close(mean, torch.stack([table[:, 0], table[:, 1:].sum(1) / 15]))
@@ -235,7 +228,7 @@ def test_two_sets_of_statistics_by_hand(network: Any, wrap: Wrap, clip: Clip) ->
     torch.testing.assert_close(tokens[0], expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
-def test_per_frame_is_each_frame_alone_with_the_first_set(network: Any, wrap: Wrap, clip: Clip) -> None:
+def test_per_frame_is_each_frame_alone_with_the_first_set(network: Any, wrap: Wrap, clip: Clip, raw_encode: RawEncode) -> None:
     mean, std = latent_statistics(network)
     tokenizer, frames = wrap(network, time_mode="per_frame"), clip(5, batch=2)
     latents = tokenizer.encode(frames)
@@ -250,7 +243,7 @@ def test_per_frame_is_each_frame_alone_with_the_first_set(network: Any, wrap: Wr
     torch.testing.assert_close(pieces, latents, atol=1e-5, rtol=1e-5)
 
 
-def test_decoding_undoes_the_normalisation(network: Any, wrap: Wrap, clip: Clip) -> None:
+def test_decoding_undoes_the_normalisation(network: Any, wrap: Wrap, clip: Clip, raw_encode: RawEncode) -> None:
     tokenizer, frames = wrap(network), clip(17)
     with torch.no_grad():
         expected = to_uint8(network.decode(raw_encode(network, frames)).sample).transpose(1, 2)

@@ -22,7 +22,6 @@ from dreamer.models import (
     create_cosmos_tokenizer,
     create_cosmos_tokenizer_from_config,
 )
-from dreamer.models.causal_tokenizer import to_signed
 from dreamer.models.cosmos_weights import REPOSITORIES, ScriptedCosmos, build_network, diffusers_names
 from dreamer.training.checkpoint import save_checkpoint
 from dreamer.training.models_io import load_tokenizer, tokenizer_info
@@ -34,15 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning",
 Native = dict[str, Any]
 Wrap = Callable[..., CosmosTokenizerWrapper]
 Clip = Callable[..., Tensor]
-
-
-def signed(frames: Tensor) -> Tensor:
-    return to_signed(frames).transpose(1, 2)
-
-
-def raw_encode(network: Any, frames: Tensor) -> Tensor:
-    with torch.no_grad():
-        return network.encode(signed(frames)).latent_dist.mode()
+RawEncode = Callable[[Any, Tensor], Tensor]
 
 
 def nvidia_name(name: str) -> str:
@@ -170,7 +161,7 @@ def saved(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_network(tokenizer: CosmosTokenizerWrapper, network: Any, frames: Tensor) -> None:
+def assert_same_network(tokenizer: CosmosTokenizerWrapper, network: Any, frames: Tensor, raw_encode: RawEncode) -> None:
     expected = raw_encode(network, frames)
     torch.testing.assert_close(raw_encode(tokenizer.network, frames), expected, atol=1e-4, rtol=0)
     with torch.no_grad():
@@ -178,17 +169,17 @@ def assert_same_network(tokenizer: CosmosTokenizerWrapper, network: Any, frames:
         torch.testing.assert_close(decoded, network.decode(expected).sample, atol=1e-4, rtol=0)
 
 
-def test_diffusers_layout(network: Any, saved: Path, clip: Clip, native: Native) -> None:
+def test_diffusers_layout(network: Any, saved: Path, clip: Clip, native: Native, raw_encode: RawEncode) -> None:
     for folder in (saved, saved / "vae"):
         tokenizer = create_cosmos_tokenizer(folder, **native)
-        assert_same_network(tokenizer, network, clip(17))
+        assert_same_network(tokenizer, network, clip(17), raw_encode)
     config = tokenizer.config.model_copy(update={"checkpoint_path": saved})
     assert create_cosmos_tokenizer_from_config(config, "cpu").fingerprint() == tokenizer.fingerprint()
 
 
-def test_torchscript_layout(network: Any, scripts: Path, clip: Clip, native: Native) -> None:
+def test_torchscript_layout(network: Any, scripts: Path, clip: Clip, native: Native, raw_encode: RawEncode) -> None:
     tokenizer = create_cosmos_tokenizer(scripts, **native)
-    assert_same_network(tokenizer, network, clip(17))
+    assert_same_network(tokenizer, network, clip(17), raw_encode)
     mean, std = torch.load(scripts / "mean_std.pt", weights_only=True)
     torch.testing.assert_close(tokenizer.latent_mean, torch.stack([mean[:, 0], mean[:, 1:].mean(1)]))
     torch.testing.assert_close(tokenizer.latent_std, torch.stack([std[:, 0], std[:, 1:].mean(1)]))
@@ -212,11 +203,11 @@ def test_a_checkpoint_of_either_layout_needs_the_original_no_more(
 
 
 def test_torchscript_layout_in_one_file(
-    network: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrap: Wrap, clip: Clip, native: Native
+    network: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, wrap: Wrap, clip: Clip, native: Native, raw_encode: RawEncode
 ) -> None:
     save_torchscript(network, tmp_path, ("autoencoder.jit",))
     tokenizer = create_cosmos_tokenizer(tmp_path, **native)
-    assert_same_network(tokenizer, network, clip(17))
+    assert_same_network(tokenizer, network, clip(17), raw_encode)
     assert "no statistics of the latents here" in caplog.text
     torch.testing.assert_close(tokenizer.latent_mean, wrap(network).latent_mean)  # those of diffusers
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dreamer.cli import PRESETS, main, train_script
-from dreamer.config import ConfigError, DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, import_recordings, split_episodes
 from dreamer.models import CosmosTokenizerWrapper
 from dreamer.pipeline import STAGES, Run, run_stage, stages
@@ -24,6 +24,7 @@ from dreamer.pipeline.train import episode_returns
 from dreamer.training.checkpoint import read_json
 from dreamer.training.loop import Trainer
 from dreamer.training.models_io import load_tokenizer
+from dreamer.yaml_config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -177,6 +178,7 @@ def test_a_tokenizer_that_learns_nothing_is_written_at_once_and_needs_its_origin
     other = words(tmp_path / "run", recordings, *more, "cosmos_tokenizer.time_mode=video")
     with pytest.raises(ValueError, match=r"was trained with cosmos_tokenizer.time_mode='per_frame', this config says 'video'"):
         run_stage(make_run("minerl_cosmos_native", other), "tokenizer")
+    go(run, "record")  # it has learned from no episodes, so that there may be new ones
 
 
 PROJECT = [  # 16x16 frames, 2x2 positions

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dreamer.cli import PRESETS, main
-from dreamer.config import DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.data import LatentWriter
 from dreamer.models import Agent, CausalTokenizer
+from dreamer.models.cosmos_weights import build_network
 from dreamer.ops.minecraft import MINERL
 from dreamer.pipeline import Run
 from dreamer.pipeline.dry_run import count_parameters, dry_run, find_inputs, make_plan
 from dreamer.training.loop import Phase
+from dreamer.yaml_config import load_config
 
 PARTS = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
 
@@ -116,6 +121,65 @@ def test_the_cosmos_tokenizer_at_full_width_and_a_card_that_is_too_small(tmp_pat
     assert re.search(r"^  24 GB +too small by [\d.]+ GB$", text, flags=re.M) and re.search(r"^  80 GB +fits, ", text, flags=re.M)
 
 
+NATIVE = [f"cosmos_tokenizer.{word}" for word in ("enabled=true", "frame_size=[16, 24]", "upsampled_size=[16, 24]", "spatial_mode=none")]
+
+
+def test_diffusers_may_be_imported_first_by_a_dry_run():
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
+    code = (
+        "import torch\n"
+        "from dreamer.models.cosmos_weights import build_network\n"
+        "with torch.device('meta'):\n"
+        "    build_network({})\n"
+        "print({buffer.device.type for buffer in build_network({'num_layers': 1}).buffers()})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.strip() == "{'cpu'}"
+
+
+def test_phase0_adapts_the_cosmos_decoder_or_all_of_it(tmp_path):
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
+    words = [*MINECRAFT, *NATIVE, "phase0.num_frames=9", "phase0.train.batch_size=2"]
+    decoder = config(tmp_path, *words, "phase0.cosmos.adapt=decoder", preset=None)
+    text = dry_run(decoder, "tokenizer")
+    assert "frames          (2, 9, 3, 16, 24)         uint8" in text
+    trainable, frozen = (int(n.replace(",", "")) for n in re.findall(r"^  tokenizer +([\d,]+) +([\d,]+)$", text, flags=re.M)[0])
+    with torch.device("meta"):
+        network: Any = build_network({})
+    assert trainable == numel(network.decoder, True) + numel(network.post_quant_conv, True) and trainable + frozen == 105_653_696
+    assert number(text, r"^  gradients +([\d.]+)$") == pytest.approx(4 * trainable / 1e9, abs=1e-3)
+    assert number(text, r"^  weights +([\d.]+)$") == pytest.approx(4 * 105_653_696 / 1e9, abs=1e-3)  # fp32, also of the frozen encoder
+    whole = config(tmp_path, *words, "phase0.cosmos.adapt=all", preset=None)
+    plan = make_plan(whole, "tokenizer", find_inputs(Run(whole)))
+    with torch.device("meta"):
+        counts = count_parameters(plan.build(), None)
+    assert counts == {"tokenizer": (105_653_696, 0)}
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "unsaid"),
+    [
+        ("spatial_mode=mean", "with cosmos_tokenizer.spatial_mode project or none", "its projection"),
+        ("spatial_mode=project", "its projection is fitted to 99 frames", "what mean keeps"),
+        ("spatial_mode=none", "phase0.cosmos.adapt=decoder", "its projection"),
+    ],
+)
+def test_a_tokenizer_that_learns_nothing_says_so(tmp_path, capsys, more, said, unsaid):
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
+    words = ["cosmos_tokenizer.enabled=true", f"cosmos_tokenizer.{more}", "phase0.normalization_frames=99", "phase0.num_frames=9"]
+    assert main(["train", "tokenizer", "--dry-run", *words, *MINECRAFT, f"run_dir={tmp_path / 'run'}"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("dry run of tokenizer: there is nothing to train\n") and "105,653,696" in text
+    assert said in text and unsaid not in text and not list(tmp_path.iterdir())
+
+
+def test_extracted_recordings_need_not_be_there_if_their_actions_are_told(tmp_path):
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install 'dreamer4[cosmos]'")
+    recordings = "data.recordings={path: /no/such, reader: npy, options: {action_space: minerl}}"
+    inputs = find_inputs(Run(config(tmp_path, *NATIVE, "env=null", recordings, preset=None)))
+    assert (inputs.action_space, inputs.frame_shape, inputs.token_grid) == (MINERL, (3, 16, 24), (2, 3))
+
+
 @pytest.mark.parametrize(
     ("overrides", "part", "said"),
     [
@@ -124,7 +188,11 @@ def test_the_cosmos_tokenizer_at_full_width_and_a_card_that_is_too_small(tmp_pat
         (("env=null", "data.recordings={path: /no/such, reader: store}"), "phase1", "no episodes store here"),
         (("env.name=crafter-chopp",), "phase1", "unknown environment"),
         ((), "phase4", "no part is called 'phase4'"),
-        (("cosmos_tokenizer.enabled=true", *MINECRAFT), "tokenizer", "knows the causal tokenizer alone"),
+        (
+            ("env=null", "data.recordings={path: /no/such, reader: npy}", "cosmos_tokenizer.enabled=true"),
+            "phase1",
+            "a dry run before they are there needs data.recordings.options.action_space, such as minerl",
+        ),
     ],
 )
 def test_what_is_not_known_is_said(tmp_path, overrides, part, said):

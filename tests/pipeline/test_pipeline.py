@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dreamer.cli import PRESETS
-from dreamer.config import DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore
 from dreamer.envs.crafter_chop import ACTION_NAMES
 from dreamer.evaluation.agent import AgentResult
@@ -26,6 +26,7 @@ from dreamer.training.models_io import agent_info, tokenizer_info
 from dreamer.training.phase2 import Phase2Config
 from dreamer.training.settings import EnvConfig, RecordConfig
 from dreamer.types import ActionComponent, ActionSpace
+from dreamer.yaml_config import load_config
 
 
 def config(run_dir: Path, **sections: object) -> DreamerConfig:
@@ -50,6 +51,20 @@ def test_recordings_are_imported_into_the_run_and_new_ones_join_them(tmp_path: P
     write_npy(tmp_path / "in", 1, seed=1)
     assert run_stage(run, "record") is True
     assert len(run.episodes()) == 3 and (run.path / "config.yaml").exists()
+
+
+def test_new_recordings_do_not_join_what_was_learned_from(tmp_path: Path) -> None:
+    write_npy(tmp_path / "in", 2)
+    run = Run(config(tmp_path / "run", env=None, data={"recordings": {"path": tmp_path / "in", "reader": "npy"}}))
+    run_stage(run, "record")
+    for phase, settings in {"tokenizer": {}, "phase1": {"data": {}}, "phase2": {"data": {}}}.items():  # the tokenizer: as it was
+        state = {"settings": settings, "seed": 0, "num_skipped": 0}
+        save_checkpoint(run.path / phase, 1, model_tensors={}, model_info={}, train_tensors={}, state=state)
+    assert run_stage(run, "record") is False
+    write_npy(tmp_path / "in", 1, seed=1)
+    with pytest.raises(ValueError, match=r"run: phase1, phase2 learned from the episodes that are here.* another run_dir"):
+        run_stage(run, "record")
+    assert len(EpisodeStore(run.path / "episodes")) == 2
 
 
 def test_an_episode_store_is_used_where_it_is(tmp_path: Path) -> None:

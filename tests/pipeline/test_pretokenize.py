@@ -39,7 +39,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(weights: Path) -> Path:
-    file = weights / "cosmos.yaml"
+    file = weights / "minerl_cosmos.yaml"
     file.write_text(json.dumps({"cosmos_tokenizer": {"enabled": True, "checkpoint_path": str(weights), **SETTINGS}}))
     return file
 
@@ -56,7 +56,7 @@ def test_the_script_of_the_checklist(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its command, word for word; only the settings are a test's."""
-    monkeypatch.setattr(cli, "MINECRAFT", config)
+    monkeypatch.setattr(cli, "PRESETS", config.parent)
     monkeypatch.chdir(tmp_path)
     for name, length in (("b", 9), ("a", 20), ("c", 2)):
         write_npy(tmp_path / "data" / "mineRL_extracted" / "Treechop", name, length)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamer.config import DreamerConfig, save_config
+from dreamer.config import DreamerConfig
 from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.intervals import Interval
 from dreamer.evaluation.video import COPY_LAST_FRAME, RECONSTRUCTION, SHUFFLED_ACTIONS, TRUE_ACTIONS, score_open_loop
@@ -18,6 +18,7 @@ from dreamer.pipeline.results import collect_results
 from dreamer.pipeline.results_page import markdown, write_results
 from dreamer.pipeline.run import git_revision, write_json
 from dreamer.pipeline.targets import are_apart
+from dreamer.yaml_config import save_config
 
 GOOD = {"random": 0.0, "scripted": 10.0, "bc": 5.0, "bc_long": 6.0, "agent": 9.0}
 

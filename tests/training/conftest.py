@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeWriter, episode_from_transitions
@@ -74,6 +77,41 @@ def tiny(run_dir: Path, episodes: Path, **changes: Any) -> DreamerConfig:
     for name, section in changes.items():
         values[name] = values[name] | section if isinstance(section, dict) else section
     return DreamerConfig.model_validate(values)
+
+
+class Formulas:
+    """What the heads' losses are made of, written out for one state: actions of a choice of 3 and 2 keys, and 11 two-hot bins."""
+
+    NUM_BINS, BIN_RANGE = 11, 3.0
+    BINS = tuple(math.copysign(math.expm1(abs(x)), x) for x in (-3.0 + 0.6 * i for i in range(11)))
+
+    @staticmethod
+    def log_sigmoid(x: Tensor) -> Tensor:
+        return -torch.log1p(torch.exp(-x))
+
+    @staticmethod
+    def log_softmax(logits: Tensor) -> Tensor:
+        return logits - torch.log(torch.exp(logits).sum())
+
+    def log_prob(self, parameters: Tensor, action: Tensor) -> Tensor:
+        """ln pi of one action: 3 logits of the choice, then one of each key."""
+        total = self.log_softmax(parameters[:3])[int(action[0])]
+        for key in range(2):
+            logit = parameters[3 + key]
+            total = total + self.log_sigmoid(logit if action[1 + key] == 1 else -logit)
+        return total
+
+    def cross_entropy(self, logits: Tensor, scalar: float) -> Tensor:
+        """Between a scalar, told by the two bins around it, and the predicted bins."""
+        log_p = self.log_softmax(logits)
+        below = max(i for i in range(self.NUM_BINS - 1) if self.BINS[i] <= scalar)
+        above_weight = (scalar - self.BINS[below]) / (self.BINS[below + 1] - self.BINS[below])
+        return -(1 - above_weight) * log_p[below] - above_weight * log_p[below + 1]
+
+
+@pytest.fixture(scope="session")
+def formulas() -> Formulas:
+    return Formulas()
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dreamer.config import ConfigError, DreamerConfig, load_config
+from dreamer.config import DreamerConfig
 from dreamer.pipeline import STAGES, Run, train
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.phase1 import Phase1
 from dreamer.types import Batch
+from dreamer.yaml_config import ConfigError, load_config
 
 CONTEXT = "agent.dynamics.transformer.context_length=12"
 

@@ -19,16 +19,15 @@ from dreamer.training.phase2 import AgentLossConfig, Phase2
 from dreamer.types import ActionComponent, ActionSpace, Batch
 
 SPACE = ActionSpace((ActionComponent("move", "categorical", 3), ActionComponent("keys", "binary", 2)))
-ROWS, STEPS, SLOTS, DISTANCES, NUM_BINS, BIN_RANGE = 8, 5, 2, 2, 11, 3.0
-BINS = [math.copysign(math.expm1(abs(x)), x) for x in (-BIN_RANGE + 2 * BIN_RANGE * i / (NUM_BINS - 1) for i in range(NUM_BINS))]
+ROWS, STEPS, SLOTS, DISTANCES = 8, 5, 2, 2
 TERMS = ("dynamics", "policy", "reward", "continue")
 
 
 @pytest.fixture
-def agent() -> Agent:
+def agent(formulas: Any) -> Agent:
     transformer = TransformerConfig(width=16, num_layers=2, num_heads=2, num_kv_heads=1, time_every=2, context_length=6)
     dynamics = DynamicsConfig(transformer=transformer, num_registers=1, max_steps=4, num_tasks=ROWS)
-    heads = HeadConfig(hidden=8, num_distances=DISTANCES, num_bins=NUM_BINS, bin_range=BIN_RANGE)
+    heads = HeadConfig(hidden=8, num_distances=DISTANCES, num_bins=formulas.NUM_BINS, bin_range=formulas.BIN_RANGE)
     config = AgentConfig(dynamics=dynamics, heads=heads)
     made = Agent(config, action_space=SPACE, token_grid=(1, 2), latent_channels=4, actions_per_step=SLOTS)
     for head in (made.policy, made.reward, made.continue_):  # they begin with zeros, where nothing shows
@@ -84,30 +83,8 @@ def watch(dynamics: Dynamics) -> list[tuple[dict[str, Any], Tensor | None]]:
 # The terms
 
 
-def log_sigmoid(x: Tensor) -> float:
-    return -math.log1p(math.exp(-float(x)))
-
-
-def log_softmax(logits: Tensor) -> list[float]:
-    values = logits.tolist()
-    log_sum = math.log(sum(math.exp(v) for v in values))
-    return [v - log_sum for v in values]
-
-
-def action_loss(parameters: Tensor, action: Tensor) -> float:
-    keys = sum(log_sigmoid(parameters[3 + k] if action[1 + k] == 1 else -parameters[3 + k]) for k in range(2))
-    return -(log_softmax(parameters[:3])[int(action[0])] + keys)
-
-
-def scalar_loss(logits: Tensor, scalar: float) -> float:
-    log_p = log_softmax(logits)
-    below = max(i for i in range(NUM_BINS - 1) if BINS[i] <= scalar)
-    above_weight = (scalar - BINS[below]) / (BINS[below + 1] - BINS[below])
-    return -(1 - above_weight) * log_p[below] - above_weight * log_p[below + 1]
-
-
 @torch.no_grad()
-def by_hand(agent: Agent, batch: Batch, features: Tensor, no_history: Tensor) -> dict[str, float]:
+def by_hand(formulas: Any, agent: Agent, batch: Batch, features: Tensor, no_history: Tensor) -> dict[str, float]:
     """Eq. 9 for every row b, step t and distance n; the rows as the phase put them."""
     batch = batch[torch.tensor(ORDER)]
     policy, reward, goes_on = agent.policy(features).parameters, agent.reward(features), agent.continue_(features)
@@ -118,23 +95,23 @@ def by_hand(agent: Agent, batch: Batch, features: Tensor, no_history: Tensor) ->
                 if no_history[b] or t + n >= STEPS:
                     continue
                 if batch.has_rewards[b]:
-                    found["reward_loss"].append(scalar_loss(reward[b, t, n], float(batch.rewards[b, t + n])))
+                    found["reward_loss"].append(float(formulas.cross_entropy(reward[b, t, n], float(batch.rewards[b, t + n]))))
                     logit = goes_on[b, t, n]
-                    found["continue_loss"].append(-log_sigmoid(-logit if batch.terminals[b, t + n] else logit))
+                    found["continue_loss"].append(-float(formulas.log_sigmoid(-logit if batch.terminals[b, t + n] else logit)))
                 for slot in range(SLOTS):
                     if batch.is_relevant[b] and batch.action_mask[b, t + n, slot]:
-                        found["policy_loss"].append(action_loss(policy[b, t, n, slot], batch.actions[b, t + n, slot]))
+                        found["policy_loss"].append(-float(formulas.log_prob(policy[b, t, n, slot], batch.actions[b, t + n, slot])))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def test_every_head_learns_what_was_recorded_at_its_step(agent: Agent, batch: Batch) -> None:
+def test_every_head_learns_what_was_recorded_at_its_step(formulas: Any, agent: Agent, batch: Batch) -> None:
     calls = watch(agent.dynamics)
     _, metrics = Phase2(agent, SHORTCUT, AgentLossConfig())(batch, 0, generator())
     (given, features), no_history = calls[0], calls[0][0]["no_history"]
     assert features is not None and no_history is not None and 0 < no_history.sum() < ROWS
     assert torch.equal(given["prev_actions"], batch.prev_actions[torch.tensor(ORDER)])
     assert torch.equal(given["task"], batch.task[torch.tensor(ORDER)])
-    expected = by_hand(agent, batch, features, no_history)
+    expected = by_hand(formulas, agent, batch, features, no_history)
     assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected, rel=1e-4)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +17,15 @@ from dreamer.training.phase3 import ImaginationConfig, Phase3
 from dreamer.types import ActionComponent, ActionSpace, Trajectory
 
 SPACE = ActionSpace((ActionComponent("move", "categorical", 3), ActionComponent("keys", "binary", 2)))
-WIDTH, SLOTS, ROWS, HORIZON, NUM_BINS, BIN_RANGE = 16, 2, 3, 3, 11, 3.0
+WIDTH, SLOTS, ROWS, HORIZON = 16, 2, 3, 3
 GAMMA, LAMBDA, ALPHA, BETA = 0.8, 0.6, 0.3, 0.7  # none is a default, no two are alike
-BINS = [math.copysign(math.expm1(abs(x)), x) for x in (-BIN_RANGE + 2 * BIN_RANGE * i / (NUM_BINS - 1) for i in range(NUM_BINS))]
 
 
-def make_phase() -> Phase3:
+def make_phase(formulas: Any) -> Phase3:
     """A phase whose policy has moved away from its prior, and whose normalizer lets the terms through as they are."""
     torch.manual_seed(0)
     transformer = TransformerConfig(width=WIDTH, num_layers=1, num_heads=2, num_kv_heads=1, time_every=1, context_length=6)
-    heads = HeadConfig(hidden=8, num_distances=2, num_bins=NUM_BINS, bin_range=BIN_RANGE)
+    heads = HeadConfig(hidden=8, num_distances=2, num_bins=formulas.NUM_BINS, bin_range=formulas.BIN_RANGE)
     config = AgentConfig(dynamics=DynamicsConfig(transformer=transformer, num_registers=1, max_steps=4), heads=heads)
     agent = Agent(config, action_space=SPACE, token_grid=(1, 2), latent_channels=4, actions_per_step=SLOTS)
     for head in (agent.policy, agent.value):
@@ -51,8 +50,8 @@ def move(policy: PolicyHead) -> None:
 
 
 @pytest.fixture
-def phase() -> Phase3:
-    made = make_phase()
+def phase(formulas: Any) -> Phase3:
+    made = make_phase(formulas)
     move(made.model.policy)
     return made
 
@@ -73,43 +72,21 @@ def trajectory() -> Trajectory:
     )
 
 
-def log_sigmoid(x: Tensor) -> Tensor:
-    return -torch.log1p(torch.exp(-x))
-
-
-def log_prob_of(parameters: Tensor, action: Tensor) -> Tensor:
-    """ln pi of one action: 3 logits of the move, then one of each key."""
-    log_p = parameters[:3] - torch.log(torch.exp(parameters[:3]).sum())
-    total = log_p[int(action[0])]
-    for key in range(2):
-        logit = parameters[3 + key]
-        total = total + log_sigmoid(logit if action[1 + key] == 1 else -logit)
-    return total
-
-
-def kl_of(mine: Tensor, theirs: Tensor) -> Tensor:
+def kl_of(formulas: Any, mine: Tensor, theirs: Tensor) -> Tensor:
     """The sum over all actions of p ln (p / q)."""
     total = torch.zeros(())
     for choice in range(3):
         for first in range(2):
             for second in range(2):
                 action = torch.tensor([choice, first, second])
-                log_p, log_q = log_prob_of(mine, action), log_prob_of(theirs, action)
+                log_p, log_q = formulas.log_prob(mine, action), formulas.log_prob(theirs, action)
                 total = total + torch.exp(log_p) * (log_p - log_q)
     return total
 
 
-def entropy_of(parameters: Tensor) -> float:
+def entropy_of(formulas: Any, parameters: Tensor) -> float:
     every = [torch.tensor([c, k, j]) for c in range(3) for k in range(2) for j in range(2)]
-    return -sum(float(torch.exp(log_prob_of(parameters, a)) * log_prob_of(parameters, a)) for a in every)
-
-
-def cross_entropy(logits: Tensor, scalar: float) -> Tensor:
-    """Between a scalar, told by the two bins around it, and the predicted bins."""
-    log_p = logits - torch.log(torch.exp(logits).sum())
-    below = max(i for i in range(NUM_BINS - 1) if BINS[i] <= scalar)
-    above_weight = (scalar - BINS[below]) / (BINS[below + 1] - BINS[below])
-    return -(1 - above_weight) * log_p[below] - above_weight * log_p[below + 1]
+    return -sum(float(torch.exp(formulas.log_prob(parameters, a)) * formulas.log_prob(parameters, a)) for a in every)
 
 
 @dataclass
@@ -121,7 +98,7 @@ class ByHand:
     values: list[list[float]]
 
 
-def by_hand(agent: Agent, prior: PolicyHead, t: Trajectory) -> ByHand:
+def by_hand(formulas: Any, agent: Agent, prior: PolicyHead, t: Trajectory) -> ByHand:
     """Eqs. 10 and 11. Gradient flows through ln pi, the KL and the value's logits alone."""
     logits = agent.value.mlp(t.features)
     mine = agent.policy(t.features).parameters[:, :, 0]  # distance 0: the action of this step
@@ -133,7 +110,7 @@ def by_hand(agent: Agent, prior: PolicyHead, t: Trajectory) -> ByHand:
     for b in range(ROWS):
         for i in range(HORIZON + 1):
             p = torch.exp(logits[b, i].detach()) / torch.exp(logits[b, i].detach()).sum()
-            value[b][i] = sum(float(p[q]) * BINS[q] for q in range(NUM_BINS))
+            value[b][i] = sum(float(p[q]) * formulas.BINS[q] for q in range(formulas.NUM_BINS))
         returns[b][HORIZON] = value[b][HORIZON]
         for i in reversed(range(HORIZON)):
             reward, goes_on = float(t.rewards[b, i]), float(t.continues[b, i])  # r_{i+1} and c_{i+1}
@@ -144,13 +121,13 @@ def by_hand(agent: Agent, prior: PolicyHead, t: Trajectory) -> ByHand:
             alive *= float(t.continues[b, i])
             advantages[b][i] = returns[b][i] - value[b][i]
             is_good = advantages[b][i] >= 0
-            log_prob = sum(log_prob_of(mine[b, i, slot], t.actions[b, i, slot]) for slot in range(SLOTS))
+            log_prob = sum(formulas.log_prob(mine[b, i, slot], t.actions[b, i, slot]) for slot in range(SLOTS))
             log_probs[is_good] = log_probs[is_good] + weight[b][i] * log_prob
             sizes[is_good] += weight[b][i]
-            kl_sum = kl_sum + weight[b][i] * sum(kl_of(mine[b, i, slot], theirs[b, i, slot]) for slot in range(SLOTS))
-            value_sum = value_sum + weight[b][i] * cross_entropy(logits[b, i], returns[b][i])
+            kl_sum = kl_sum + weight[b][i] * sum(kl_of(formulas, mine[b, i, slot], theirs[b, i, slot]) for slot in range(SLOTS))
+            value_sum = value_sum + weight[b][i] * formulas.cross_entropy(logits[b, i], returns[b][i])
             total += weight[b][i]
-            entropies.append(sum(entropy_of(mine[b, i, slot].detach()) for slot in range(SLOTS)))
+            entropies.append(sum(entropy_of(formulas, mine[b, i, slot].detach()) for slot in range(SLOTS)))
     policy_loss = (1 - ALPHA) * log_probs[False] / sizes[False] - ALPHA * log_probs[True] / sizes[True] + BETA * kl_sum / total
     metrics = {
         "value_loss": (value_sum / total).item(),
@@ -169,21 +146,21 @@ def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(module.parameters()), retain_graph=True))
 
 
-def test_the_trajectory_tells_mistakes_apart(phase: Phase3, trajectory: Trajectory) -> None:
+def test_the_trajectory_tells_mistakes_apart(formulas: Any, phase: Phase3, trajectory: Trajectory) -> None:
     """Signs and weights are such that none of the tests below passes by chance."""
-    found = by_hand(phase.model, phase.prior, trajectory)
+    found = by_hand(formulas, phase.model, phase.prior, trajectory)
     signs = [[a >= 0 for a in row] for row in found.advantages]
     assert signs == [[True, False, True], [False, True, False], [True, False, True]]
     against_the_next_value = found.advantages[1][1] + found.values[1][1] - found.values[1][2]
     assert against_the_next_value < 0 < found.advantages[1][1]
     assert found.metrics["kl"] > 0.1 and abs(found.metrics["value"]) > 0.05
     highest = max(abs(r) for row in trajectory.rewards.tolist() for r in row)
-    assert 2 * highest < BINS[-1]  # no return is clamped to the last bin
+    assert 2 * highest < formulas.BINS[-1]  # no return is clamped to the last bin
 
 
-def test_losses_and_metrics_are_those_of_the_equations(phase: Phase3, trajectory: Trajectory) -> None:
+def test_losses_and_metrics_are_those_of_the_equations(formulas: Any, phase: Phase3, trajectory: Trajectory) -> None:
     before = copy.deepcopy(phase.prior)
-    expected = by_hand(phase.model, before, trajectory)
+    expected = by_hand(formulas, phase.model, before, trajectory)
     loss, metrics = phase.score(trajectory)
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected.metrics, rel=1e-4, abs=1e-5)
     assert loss.item() == pytest.approx((expected.value_loss + expected.policy_loss).item(), rel=1e-4)
@@ -191,9 +168,9 @@ def test_losses_and_metrics_are_those_of_the_equations(phase: Phase3, trajectory
     assert value_only.item() == pytest.approx(expected.value_loss.item(), rel=1e-4)
 
 
-def test_gradients_are_those_of_the_equations(phase: Phase3, trajectory: Trajectory) -> None:
+def test_gradients_are_those_of_the_equations(formulas: Any, phase: Phase3, trajectory: Trajectory) -> None:
     """Each head's, from a loss in which returns, advantages and prior are numbers: no gradient goes through them."""
-    expected, (loss, _) = by_hand(phase.model, phase.prior, trajectory), phase.score(trajectory)
+    expected, (loss, _) = by_hand(formulas, phase.model, phase.prior, trajectory), phase.score(trajectory)
     policy, value = phase.model.policy, phase.model.value
     torch.testing.assert_close(gradients(loss, policy), gradients(expected.policy_loss, policy), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(gradients(loss, value), gradients(expected.value_loss, value), rtol=1e-3, atol=1e-5)
@@ -207,14 +184,14 @@ def test_no_gradient_reaches_the_imagined_states(phase: Phase3, trajectory: Traj
     assert torch.autograd.grad(loss, list(parts.values()), allow_unused=True) == (None, None, None)
 
 
-def test_the_prior_is_the_policy_of_the_phases_begin(trajectory: Trajectory) -> None:
-    phase = make_phase()
+def test_the_prior_is_the_policy_of_the_phases_begin(formulas: Any, trajectory: Trajectory) -> None:
+    phase = make_phase(formulas)
     before = copy.deepcopy(phase.model.policy)
     assert float(phase.score(trajectory)[1]["kl"]) == pytest.approx(0.0, abs=1e-6)
     for _ in range(2):  # whatever the policy does meanwhile
         move(phase.model.policy)
         loss, metrics = phase.score(trajectory)
-        assert float(metrics["kl"]) == pytest.approx(by_hand(phase.model, before, trajectory).metrics["kl"], rel=1e-4)
+        assert float(metrics["kl"]) == pytest.approx(by_hand(formulas, phase.model, before, trajectory).metrics["kl"], rel=1e-4)
         loss.backward()
     assert all(p.grad is None and not p.requires_grad for p in phase.prior.parameters())
     assert all(torch.equal(a, b) for a, b in zip(phase.prior.parameters(), before.parameters(), strict=True))

@@ -69,6 +69,8 @@ def guess_reader(path: Path | str) -> str:
                 is_whole = name != "vpt" or all(file.with_suffix(suffix).is_file() for suffix in (".mp4", ".jsonl"))
                 if file.match(pattern) and is_whole:
                     return name
+    if path.is_dir() and not any(path.iterdir()):
+        raise ValueError(f"{path}: is empty; expected recordings in one of the known formats ({', '.join(SIGNS)})")
     raise ValueError(f"{path}: looks like none of the known formats ({', '.join(SIGNS)}); name the reader")
 
 

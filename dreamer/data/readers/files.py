@@ -9,19 +9,36 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 MAX_NPZ_BYTES = 2 << 30  # unpacked
 MAX_JSON_BYTES = 16 << 20  # a file, or a line of one
 
+REMEDY = "Repair the recording or move it away"
+
+
+def first_readable(read: Callable[[Path], T], recordings: Sequence[Path]) -> T:
+    """What ``read`` gives for the first recording that it can read: one that is broken must not hide the others. If all are, its first
+    ``ValueError``."""
+    first: ValueError | None = None
+    for recording in recordings:
+        try:
+            return read(recording)
+        except ValueError as error:
+            first = first or error
+    assert first is not None  # a reader's ``find`` raises where there are no recordings
+    raise first
+
 
 def refuse(file: Path, got: object, expected: str) -> NoReturn:
     """Raise the ``ValueError`` that says what was found and what to do about it."""
-    raise ValueError(f"{file}: got {got}; expected {expected}. Repair the recording or move it away")
+    raise ValueError(f"{file}: got {got}; expected {expected}. {REMEDY}")
 
 
 def load_npy(file: Path) -> np.ndarray:
@@ -31,7 +48,7 @@ def load_npy(file: Path) -> np.ndarray:
             _read_header(stream, file.stat().st_size)
         array = np.load(file, allow_pickle=False)
     except Exception as error:  # numpy's parsers raise a dozen kinds, tokenize's among them; all mean a broken file
-        raise ValueError(f"{file}: cannot be read ({error}); expected an array that numpy.save wrote") from error
+        raise ValueError(f"{file}: cannot be read ({error}); expected an array that numpy.save wrote. {REMEDY}") from error
     if not isinstance(array, np.ndarray):
         refuse(file, type(array).__name__, "one array")
     return array
@@ -49,7 +66,7 @@ def npz_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 with archive.open(entry) as stream:
                     shapes[entry.filename.removesuffix(".npy")] = _read_header(stream, entry.file_size)
     except Exception as error:  # as in load_npy; zipfile adds some
-        raise ValueError(f"{file}: cannot be read ({error}); expected arrays that numpy.savez wrote") from error
+        raise ValueError(f"{file}: cannot be read ({error}); expected arrays that numpy.savez wrote. {REMEDY}") from error
     return shapes
 
 
@@ -60,7 +77,7 @@ def load_npz(file: Path, names: Collection[str] | None = None) -> dict[str, np.n
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in (shapes if names is None else names)}
     except Exception as error:  # as in load_npy
-        raise ValueError(f"{file}: cannot be read ({error}); expected arrays that numpy.savez wrote") from error
+        raise ValueError(f"{file}: cannot be read ({error}); expected arrays that numpy.savez wrote. {REMEDY}") from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.shape != shapes[name]:
             refuse(file, f"{name} of {type(array).__name__}", "an array as its header says")
@@ -88,7 +105,7 @@ def load_json(file: Path) -> Any:
             text = stream.read(MAX_JSON_BYTES + 1)
         return _parse(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+        raise ValueError(f"{file}: cannot be read ({error}); expected JSON. {REMEDY}") from error
 
 
 def load_jsonl(file: Path, max_rows: int) -> list[Any]:

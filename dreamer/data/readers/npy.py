@@ -21,7 +21,7 @@ from dreamer.data.actions import as_action_space
 from dreamer.data.alignment import episode_from_steps, episode_from_transitions
 from dreamer.data.checks import check_episode
 from dreamer.data.minecraft import is_minerl, minerl_columns
-from dreamer.data.readers.files import load_json, load_npy, load_npz, refuse
+from dreamer.data.readers.files import first_readable, load_json, load_npy, load_npz, refuse
 from dreamer.ops.minecraft import ITEM_ACTIONS, MINERL, MINERL_ITEMS, MINERL_KEYS
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
@@ -31,10 +31,11 @@ CAMERA_DEGREES = ActionComponent("camera", "continuous", 2, -180.0, 180.0, label
 class NpyReader:
     """Reads the layout above.
 
-    action_space: as ``as_action_space`` takes it. By default it is derived from the first recording's actions. ``MINERL`` stands for
-    ``keyboard`` (F, 8) with ``camera`` (F,) of 121 classes, for the same nine columns in actions.npy, and for MineRL's own eight keys
-    with the camera in degrees (F, 2), which is then put into its classes; items that are placed or crafted are dropped and counted
-    in ``info["dropped_actions"]``, unless ``action_space`` is ``"minerl_items"``. Fewer of MineRL's keys stay a component each.
+    action_space: as ``as_action_space`` takes it. By default it is derived from the actions of the first recording where that works.
+    ``MINERL`` stands for ``keyboard`` (F, 8) with ``camera`` (F,) of 121 classes, for the same nine columns in actions.npy, and for
+    MineRL's own eight keys with the camera in degrees (F, 2), which is then put into its classes; items that are placed or crafted are
+    dropped and counted in ``info["dropped_actions"]``, unless ``action_space`` is ``"minerl_items"``. Fewer of MineRL's keys stay a
+    component each.
     """
 
     name = "npy"
@@ -47,7 +48,7 @@ class NpyReader:
         frames_per_second: float = 20.0,
     ) -> None:
         self.frames_per_second = frames_per_second
-        self.action_space = _derive_space(self.find(Path(path))[0]) if action_space is None else as_action_space(action_space)
+        self.action_space = first_readable(_derive_space, self.find(Path(path))) if action_space is None else as_action_space(action_space)
 
     def find(self, path: Path) -> list[Path]:
         """Every folder at or below ``path`` that holds frames.npy. Raises ``ValueError`` if there is none."""

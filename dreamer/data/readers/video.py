@@ -8,6 +8,7 @@ from typing import Any
 
 from dreamer.data.actions import as_action_space
 from dreamer.data.alignment import episode_without_actions
+from dreamer.data.readers.files import first_readable
 from dreamer.data.readers.frames import check_size, decode_frames, frame_rate
 from dreamer.types import ActionComponent, ActionSpace, Episode
 
@@ -20,7 +21,8 @@ class VideoReader:
 
     action_space: of the labelled recordings that these are to be trained with, as ``as_action_space`` takes it: ``"vpt"`` (default: one
     that holds nothing).
-    frames_per_second: default: the rate of the first video, which the others must share. max_frames: longer videos are refused.
+    frames_per_second: default: the rate of the first video that can be opened, which the others must share. max_frames: longer videos
+    are refused.
     """
 
     name = "video"
@@ -37,7 +39,7 @@ class VideoReader:
         self.size, self.max_frames = check_size(size), max_frames
         self.action_space = UNLABELLED if action_space is None else as_action_space(action_space)
         self._must_share_rate = frames_per_second is None
-        self.frames_per_second = frames_per_second or frame_rate(self.find(Path(path))[0])
+        self.frames_per_second = frames_per_second or first_readable(frame_rate, self.find(Path(path)))
 
     def find(self, path: Path) -> list[Path]:
         """Every video at or below ``path``. Raises ``ValueError`` if there is none."""

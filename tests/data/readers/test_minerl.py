@@ -169,20 +169,9 @@ def reads_or_names(recording: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @given(data=st.data())
-def test_any_bytes_give_an_episode_or_an_error_that_names_the_recording(recording, data):
+def test_any_bytes_give_an_episode_or_an_error_that_names_the_recording(recording, with_damage, data):
     file = recording / data.draw(st.sampled_from(["rendered.npz", "metadata.json", "recording.mp4"]))
-    good = file.read_bytes()
-    place = data.draw(st.integers(0, len(good) - 1))
-    bad = st.one_of(
-        st.just(good[:place]),
-        st.binary(min_size=1, max_size=8).map(lambda b: good[:place] + b + good[place + len(b) :]),
-        st.binary(max_size=64),
-    )
-    try:
-        file.write_bytes(data.draw(bad))
-        reads_or_names(recording)
-    finally:
-        file.write_bytes(good)
+    with_damage(file, data, lambda: reads_or_names(recording))
 
 
 VALUES = (

@@ -273,7 +273,8 @@ def load_scripted(path: Path, device: torch.device | str, checksums: Checksums =
 
 def _network_class() -> Callable[..., nn.Module]:
     try:
-        from diffusers import AutoencoderKLCosmos  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
+        with torch.device("cpu"):  # it makes tensors when it is imported, for good: not on the meta device of whoever comes first
+            from diffusers import AutoencoderKLCosmos  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
     except ImportError as error:
         raise ValueError(
             f"the Cosmos tokenizer needs diffusers, which is not installed ({error}); install it with: pip install 'dreamer4[cosmos]'"

@@ -109,6 +109,7 @@ def _parser() -> Parser:
     add("world-model", _stage("evaluate world-model"), "Open-loop dreams of held-out episodes against the truth.", what)
     add("agent", _stage("evaluate agent"), "Returns in the real environment, with baselines.", what)
     add("report", _stage("report"), "Put what a run holds on one page.")
+    add("check", _check, "Prove shapes, x-prediction and gradient flow on what a run holds, else on fresh models.")
     results = verbs.add_parser("results", help="Take finished runs of several seeds together.", description="Figures of several seeds.")
     results.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs that differ in their seed alone")
     results.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json, README.md and the pictures")
@@ -226,6 +227,15 @@ def _train(part: str) -> Callable[[argparse.Namespace, str], int]:
         return 0
 
     return verb
+
+
+def _check(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.pipeline import Run
+    from dreamer.pipeline.check import check_run
+
+    report = check_run(Run(_load(arguments), command))
+    print(report.text())
+    return 1 if report.failures else 0
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> int:

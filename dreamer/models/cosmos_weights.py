@@ -273,7 +273,7 @@ def load_scripted(path: Path, device: torch.device | str, checksums: Checksums =
 
 def _network_class() -> Callable[..., nn.Module]:
     try:
-        with torch.device("cpu"):  # its constants are made while it is imported, maybe while a dry run builds on the meta device
+        with torch.device("cpu"):  # it makes tensors when it is imported, for good: not on the meta device of whoever comes first
             from diffusers import AutoencoderKLCosmos  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
     except ImportError as error:
         raise ValueError(

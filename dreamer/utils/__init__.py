@@ -1,1 +1,1 @@
-"""Tools for looking into trained models. Each is also a command: ``python -m dreamer.utils.NAME``."""
+"""Tools that look into models and prove what they do. ``dreamer check`` runs them on a run."""

@@ -1,6 +1,6 @@
 """Does a dynamics model predict clean latents (x-prediction), or velocities, or the noise? Told from what it puts out, and from its loss.
 
-``python -m dreamer.utils.debug_phase1 CHECKPOINT LATENTS`` prints the figures, and exits with 1 unless they show x-prediction.
+``dreamer check`` prints the figures for a run.
 
 With z0 the noise, z1 the clean latents and z~ = (1 - tau) z0 + tau z1, a network f(z~, tau) that has learned shows at its two ends what it
 was taught. At tau = 0 its input is noise alone: an x-predictor cannot but answer with a mean of the data, in which no z0 stands, while
@@ -11,23 +11,17 @@ Shape letters: B batch, T latent steps, N tokens, Z channels.
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dreamer.data import LatentStore, PretokenizedDataset, batches
 from dreamer.losses.shortcut_loss import Corrupted, ShortcutForcingConfig, ShortcutForcingLoss, bootstrap_target
 from dreamer.models import Agent
 from dreamer.models.dynamics import Dynamics
 from dreamer.ops import flow
-from dreamer.training.models_io import load_agent
 from dreamer.types import Batch
 
 SIGNAL_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # the last stands for the highest on the model's grid, 1 - d_min
@@ -49,9 +43,8 @@ class LevelFigures:
 @dataclass(frozen=True)
 class XPredictionReport:
     levels: tuple[LevelFigures, ...]  # from noise to nearly clean
-    target_error: (
-        float  # largest distance of z1 from where the loss pulls this model's output, over two draws of noise; in deviations of z1
-    )
+    # largest distance of z1 from where the loss pulls this model's output, over two draws of noise; in deviations of z1
+    target_error: float
     bootstrap_error: float  # the same of the target of larger steps, if both of their half steps were perfect
 
     @property
@@ -79,15 +72,7 @@ class XPredictionReport:
                 f"{level.signal_level:6.3f}  {level.clean_error:15.4f}  {level.velocity_error:8.4f}  {level.noise_error:8.4f}"
                 f"  {level.implied_velocity_error:17.4f}  {level.noise_share:12.4f}"
             )
-        asked = "clean latents" if self.trains_x_prediction else "something else than clean latents"
-        return "\n".join(
-            [
-                *lines,
-                f"the loss asks for {asked} (off by {self.target_error:.1e}; larger steps by {self.bootstrap_error:.1e})",
-                f"the output reads as {self.reads_as}",
-                "x-prediction: " + ("yes" if self.is_x_prediction else "NO"),
-            ]
-        )
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -156,32 +141,3 @@ def _target_of(loss: ShortcutForcingLoss, prediction: Float[Tensor, "B T N Z"], 
         (gradient,) = torch.autograd.grad(value, free)
     weight = flow.ramp_weight(corrupted.signal_idx / loss.max_steps, loss.config.ramp_floor)[..., None, None]
     return prediction - gradient * gradient.numel() / (2 * weight)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m dreamer.utils.debug_phase1",
-        description="Checks that a trained world model predicts clean latents.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the folder of a phase, such as runs/demo/phase1")
-    parser.add_argument("data", type=Path, help="the latents that it was trained on, such as runs/demo/latents")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows that are looked at (default: 8)")
-    parser.add_argument("--sequence-length", type=int, default=8, help="latent steps of a window (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the windows and the noise (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    given = parser.parse_args(arguments)
-    try:
-        agent, info = load_agent(given.checkpoint, given.device)
-        store = LatentStore(given.data)
-        store.check_tokenizer(info["tokenizer"])
-        stream = batches(PretokenizedDataset(store, given.sequence_length), batch_size=given.batch_size, seed=given.seed, prefetch=0)
-        report = verify_x_prediction(agent, next(stream), seed=given.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report.text())
-    return 0 if report.is_x_prediction else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,17 @@ def scripts(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean, std = torch.randn(16, 16), torch.rand(16, 16) + 0.5
     torch.save((mean, std), folder / "mean_std.pt")
     return folder
+
+
+def test_a_network_built_without_content_first_does_not_spoil_the_others() -> None:
+    """diffusers makes constants when it is imported: in a process of its own, where the first to ask wants the meta device."""
+    lines = [
+        "import torch; from dreamer.models.cosmos_weights import build_network",
+        "small = dict(encoder_block_out_channels=(8, 8), decode_block_out_channels=(8, 8), num_layers=1)",
+        "with torch.device('meta'): build_network(small)",
+        "assert not any(b.is_meta for b in build_network(small).buffers())",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.fixture(scope="module")

@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dreamer.data import LatentWriter
 from dreamer.losses import ShortcutForcingConfig, ShortcutForcingLoss
 from dreamer.models import Agent, AgentConfig, DynamicsConfig, HeadConfig, TransformerConfig
 from dreamer.models.dynamics import DynamicsOutput
-from dreamer.training.checkpoint import save_checkpoint
-from dreamer.training.models_io import agent_info
 from dreamer.training.phase1 import shortcut_step
 from dreamer.types import ActionComponent, ActionSpace, Batch
 from dreamer.utils import debug_phase1
-from dreamer.utils.debug_phase1 import SIGNAL_LEVELS, main, verify_x_prediction
+from dreamer.utils.debug_phase1 import SIGNAL_LEVELS, verify_x_prediction
 
 SPACE = ActionSpace((ActionComponent("action", "categorical", 5),))
 MAX_STEPS, ROWS = 16, 32
@@ -156,49 +151,3 @@ def test_a_loss_that_asks_for_something_else_is_found_out(
 def test_latents_that_are_all_the_same_prove_nothing(x_predictor: Agent, batch: Batch) -> None:
     with pytest.raises(ValueError, match="latents are all the same"):
         verify_x_prediction(x_predictor, dataclasses.replace(batch, latents=torch.ones_like(batch.latents)))
-
-
-@pytest.fixture
-def latents(tmp_path: Path, batch: Batch) -> Path:
-    with LatentWriter(
-        tmp_path / "latents",
-        action_space=SPACE,
-        tokenizer_fingerprint="t",
-        token_grid=(2, 2),
-        latent_channels=3,
-        temporal_stride=1,
-        source_fingerprint="s",
-    ) as writer:
-        for row in batch.latents.numpy():
-            zeros = np.zeros(3, np.float32)
-            writer.add(row, np.zeros((3, 1, 1), np.float32), np.ones((3, 1), bool), zeros, zeros.astype(bool))
-    return tmp_path / "latents"
-
-
-def save(path: Path, agent: Agent, tokenizer: str = "t") -> Path:
-    info = agent_info(agent, tokenizer_fingerprint=tokenizer, phase="phase1")
-    return save_checkpoint(path, 1, model_tensors=agent.state_dict(), model_info=info, train_tensors={"x": torch.zeros(1)}, state={})
-
-
-COMMAND = ["--batch-size", "4", "--sequence-length", "3"]
-
-
-def test_the_command_prints_the_figures(x_predictor: Agent, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path / "phase1", x_predictor)
-    assert main([str(tmp_path / "phase1"), str(latents), *COMMAND]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "x-prediction: yes" and [line[:6].strip() for line in lines[1:6]] == ["0.000", "0.250", "0.500", "0.750", "0.938"]
-    save(tmp_path / "fresh", fresh_agent())
-    assert main([str(tmp_path / "fresh"), str(latents), *COMMAND]) == 1
-    assert "reads as nothing clear" in capsys.readouterr().out
-
-
-def test_the_command_says_what_is_wrong(x_predictor: Agent, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), str(latents)]) == 2
-    assert "holds no finished checkpoint" in capsys.readouterr().err
-    save(tmp_path / "phase1", x_predictor)
-    assert main([str(tmp_path / "phase1"), str(latents), "--sequence-length", "4"]) == 2
-    assert "window of 4 is longer" in capsys.readouterr().err
-    save(tmp_path / "other", x_predictor, tokenizer="another one")
-    assert main([str(tmp_path / "other"), str(latents), *COMMAND]) == 2
-    assert "latents were made by tokenizer t, not by another one" in capsys.readouterr().err

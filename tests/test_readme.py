@@ -130,12 +130,8 @@ def check_command(words: list[str], with_settings: bool) -> None:
         path = [] if parts == ["pretokenize"] or "--data-path" not in rest else rest[(at := rest.index("--data-path")) : at + 2]
         check_command(["dreamer", *parts, *(word for word in rest[1:] if word not in path)], with_settings)
     elif name == "hf":
-        assert rest == [
-            "download",
-            REPOSITORIES[0],
-            "--local-dir",
-            str(load_config(DreamerConfig, COSMOS).cosmos_tokenizer.checkpoint_path),
-        ]
+        folder = load_config(DreamerConfig, COSMOS).cosmos_tokenizer.checkpoint_path
+        assert rest == ["download", REPOSITORIES[0], "--local-dir", str(folder)]
     else:
         known = (["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"], ["python", "tests/test_doc_tables.py"])
         assert words in known or words[:2] == ["tensorboard", "--logdir"], words

@@ -69,7 +69,7 @@ class AgentPolicy:
         for group in self._groups:
             slots = torch.from_numpy(group.slots).to(self.device)
             group.frames.append(pictures[slots])
-            is_start = group.dream.cache.next_step == 0
+            is_start = group.dream.cache.num_steps == 0
             if len(group.frames) == (1 if is_start else stride):
                 self._decide(group, slots)
             place = len(group.frames) * self._actions.shape[1] // stride  # an only action is held

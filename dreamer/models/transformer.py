@@ -9,6 +9,7 @@ tokens, and nothing reads them.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dreamer.types import Config
+
+Rotation = tuple[Float[Tensor, "L 1 E"], Float[Tensor, "L 1 E"]]
 
 
 class TransformerConfig(Config):
@@ -61,11 +64,17 @@ def grid_angles(grid: tuple[int, int], head_width: int, base: float = 100.0) -> 
     return torch.cat([row, column], dim=-1)
 
 
-def rotate(x: Float[Tensor, "... L E"], cos: Float[Tensor, "L half"], sin: Float[Tensor, "L half"]) -> Float[Tensor, "... L E"]:
+def rotation(angles: Float[Tensor, "L half"]) -> Rotation:
+    """What ``rotate`` multiplies with: cosines and signed sines, (L, 1, E) each."""
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1).unsqueeze(1), torch.cat([-sin, sin], dim=-1).unsqueeze(1)
+
+
+def rotate(x: Float[Tensor, "... L G E"], by: Rotation) -> Float[Tensor, "... L G E"]:
     """Apply RoPE: pairs (x_i, x_{i + E/2}) turn by their angle."""
+    cos, sin = (table.to(x.dtype) for table in by)
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 def attend(
@@ -76,57 +85,67 @@ def attend(
     logit_softcap: float | None,
 ) -> Float[Tensor, "b G L E"]:
     """Softmax attention; ``mask`` is True where a query may look. Logits are capped at ``softcap * tanh(logits / softcap)``."""
-    if logit_softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    return logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    heads = q.shape[1]
+    if (shared := heads // k.shape[1]) > 1:  # query heads that share a key head become rows of one matrix, so that no key is repeated
+        q = rearrange(q, "b (g r) l e -> b g (r l) e", r=shared)
+        mask = None if mask is None else mask.repeat(1, 1, shared, 1)
+    is_slow = q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu"  # the fused kernel's backward pass is
+    if logit_softcap is None and not is_slow:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if logit_softcap is not None:
+            logits = logit_softcap * torch.tanh(logits / logit_softcap)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, float("-inf"))
+        out = logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return rearrange(out, "b g (r l) e -> b (g r) l e", r=shared) if shared > 1 else out
 
 
 @dataclass
 class TimeCache:
     """Keys and values of the last C time steps, a ring a time layer. Memory does not grow with the number of steps.
 
-    Keys are stored already rotated at their absolute step, so the order of the slots does not matter.
+    Keys are stored already rotated at their absolute step, so the order of the slots does not matter. The n-th step fills slot n mod C,
+    which holds the step that just left the window: until a pass keeps its step, that slot is scratch space.
     """
 
-    keys: list[Tensor]  # a time layer each: (B, S, Gk, C, E)
+    keys: list[Tensor]  # a time layer each: (S, B, Gk, C, E); tokens first, so that a pass without the last ones reads one piece of memory
     values: list[Tensor]
-    slot_step: Tensor  # (C,): the step that a slot holds, -1 where it is empty
-    next_step: int = 0
+    num_steps: int = 0  # kept so far, those that have left the ring with them
+    first_step: int = 0  # where the first of them stood
     num_blocks: int = 1  # rows of B that each video fills, side by side
 
     def rows(self, rows: Int[Tensor, " b"]) -> TimeCache:
         """The cache of some of the videos."""
-        rows = rows.to(self.slot_step.device)
-        keys, values = ([x.unflatten(0, (-1, self.num_blocks))[rows].flatten(0, 1) for x in part] for part in (self.keys, self.values))
-        return TimeCache(keys, values, self.slot_step.clone(), self.next_step, self.num_blocks)
 
-    def advance(self, num_steps: int) -> None:
-        """Mark ``num_steps`` steps as written."""
-        context = len(self.slot_step)
-        steps = torch.arange(self.next_step, self.next_step + num_steps, device=self.slot_step.device)[-context:]
-        self.slot_step[steps % context] = steps
-        self.next_step += num_steps
+        def chosen(ring: Tensor) -> Tensor:
+            return ring.unflatten(1, (-1, self.num_blocks))[:, rows.to(ring.device)].flatten(1, 2)
+
+        return dataclasses.replace(self, keys=[chosen(k) for k in self.keys], values=[chosen(v) for v in self.values])
+
+    def layer(self, index: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The rings of one time layer and the first ``num_tokens`` tokens, (S B) Gk C E each. They are views."""
+        return self.keys[index][:num_tokens].flatten(0, 1), self.values[index][:num_tokens].flatten(0, 1)
 
 
 @dataclass
 class _TimeView:
-    """What every time layer of one forward pass shares: rotations, masks and where to write."""
+    """What every time layer of one forward pass shares."""
 
-    cos: Tensor
-    sin: Tensor
-    mask: Tensor | None  # (1 or B, 1, T, keys)
-    slots: Tensor | None  # where new keys go in the ring; None: they are not kept
+    rotation: Rotation
+    mask: Tensor | None  # (1 or rows, 1, queries, keys); None: every query sees every key
+    window: int | None = None  # C, where queries and keys are cut into windows
+    num_past: int = 0  # slots of the ring that several steps at once read
+    slots: Tensor | None = None  # where new keys go in the ring; None: they are not kept
 
 
 class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -139,23 +158,24 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_width)
         self.k_norm = RMSNorm(head_width)
 
-    def project(self, x_blD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_blD: Tensor, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (normalised, rotated) and values, each (b, heads, l, E)."""
-        config = self.config
-        qkv = rearrange(self.qkv(x_blD), "b l (g e) -> b g l e", e=config.head_width)
-        q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        heads, kv_heads, head_width = self.config.num_heads, self.config.num_kv_heads, self.config.head_width
+        qk, v = self.qkv(x_blD).unflatten(-1, (-1, head_width)).split([heads + kv_heads, kv_heads], dim=2)
+        scale = torch.cat([self.q_norm.weight.expand(heads, -1), self.k_norm.weight.expand(kv_heads, -1)])  # both norms in one pass
+        qk = rotate(F.rms_norm(qk, (head_width,), eps=self.q_norm.eps) * scale.to(qk.dtype), by)
+        q, k = qk.split([heads, kv_heads], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def join(self, attended_bGlE: Tensor) -> Tensor:
-        return self.out(rearrange(attended_bGlE, "b g l e -> b l (g e)"))
+        return self.out(attended_bGlE.transpose(1, 2).flatten(2))
 
 
 class SpaceAttention(Attention):
     """Tokens of one step attend to each other; the last ``num_agent`` read everything and are read by nothing."""
 
-    def forward(self, x_BTSD: Tensor, cos: Tensor, sin: Tensor, num_agent: int) -> Tensor:
-        batch, time = x_BTSD.shape[:2]
-        q, k, v = self.project(rearrange(x_BTSD, "b t s d -> (b t) s d"), cos, sin)
+    def forward(self, x_BTSD: Tensor, by: Rotation, num_agent: int) -> Tensor:
+        q, k, v = self.project(x_BTSD.flatten(0, 1), by)
         cap = self.config.logit_softcap
         if num_agent:
             main = q.shape[2] - num_agent
@@ -164,28 +184,40 @@ class SpaceAttention(Attention):
             attended = torch.cat([world, attend(q[:, :, main:], k, v, None, cap)], dim=2)
         else:
             attended = attend(q, k, v, None, cap)
-        return rearrange(self.join(attended), "(b t) s d -> b t s d", b=batch, t=time)
+        return self.join(attended).unflatten(0, x_BTSD.shape[:2])
 
 
 class TimeAttention(Attention):
     """Each token attends to its own past, at most ``context_length`` steps including this one."""
 
     def forward(self, x_BTSD: Tensor, view: _TimeView, ring: tuple[Tensor, Tensor] | None) -> Tensor:
-        batch, _, tokens, _ = x_BTSD.shape
-        q, k, v = self.project(rearrange(x_BTSD, "b t s d -> (b s) t d"), view.cos, view.sin)
+        batch, time = x_BTSD.shape[:2]
+        q, k, v = self.project(rearrange(x_BTSD, "b t s d -> (s b) t d"), view.rotation)
         if ring is not None:
-            keys, values = (rearrange(x, "b s g c e -> (b s) g c e") for x in ring)
-            new_k, new_v = k, v
-            k, v = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-            if view.slots is not None:
-                kept = len(view.slots)
-                ring[0][..., view.slots, :] = rearrange(new_k[:, :, -kept:], "(b s) g t e -> b s g t e", b=batch).to(ring[0].dtype)
-                ring[1][..., view.slots, :] = rearrange(new_v[:, :, -kept:], "(b s) g t e -> b s g t e", b=batch).to(ring[1].dtype)
-        mask = view.mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask.repeat_interleave(tokens, dim=0)
-        attended = attend(q, k.to(q.dtype), v.to(q.dtype), mask, self.config.logit_softcap)
-        return rearrange(self.join(attended), "(b s) t d -> b t s d", b=batch)
+            k, v = (self._with_past(cached, new, view) for cached, new in zip(ring, (k, v), strict=True))
+        if view.window:
+            q, k, v = in_windows(q, view.window, 0), in_windows(k, view.window, view.window), in_windows(v, view.window, view.window)
+        attended = attend(q, k.to(q.dtype), v.to(q.dtype), view.mask, self.config.logit_softcap)
+        if view.window:
+            attended = rearrange(attended, "(b n) g c e -> b g (n c) e", n=-(-time // view.window))[:, :, :time]
+        return rearrange(self.join(attended), "(s b) t d -> b t s d", b=batch)
+
+    @staticmethod
+    def _with_past(cached: Tensor, new: Tensor, view: _TimeView) -> Tensor:
+        """What is read: the ring, with the new steps in it or after it."""
+        if view.slots is not None and new.shape[2] == 1:  # the usual case: one step goes to its slot, and nothing else is copied
+            cached.index_copy_(2, view.slots, new.to(cached.dtype))
+            return cached
+        read = torch.cat([cached[:, :, : view.num_past], new], dim=2)
+        if view.slots is not None:
+            cached.index_copy_(2, view.slots, new[:, :, -len(view.slots) :].to(cached.dtype))
+        return read
+
+
+def in_windows(x: Float[Tensor, "b G T E"], length: int, before: int) -> Float[Tensor, "bn G W E"]:
+    """Cut time into windows of ``length`` steps, each with the ``before`` steps before it; zeros stand where there are none."""
+    x = F.pad(x, (0, 0, before, -x.shape[2] % length))
+    return rearrange(x.unfold(2, before + length, length), "b g n e w -> (b n) g w e")
 
 
 class SwiGLU(nn.Module):
@@ -222,7 +254,7 @@ class Transformer(nn.Module):
     ``token_angles`` (S, E/2) holds each token's RoPE angles in space; tokens without a place get zeros.
     """
 
-    space_cos: Tensor
+    space_cos: Tensor  # see ``rotation``
     space_sin: Tensor
 
     def __init__(self, config: TransformerConfig, token_angles: Float[Tensor, "S half"]) -> None:
@@ -231,21 +263,23 @@ class Transformer(nn.Module):
         every = config.time_every
         self.layers = nn.ModuleList(Layer(config, every > 0 and i % every == every - 1) for i in range(config.num_layers))
         self.norm = RMSNorm(config.width)
-        self.register_buffer("space_cos", token_angles.cos().float(), persistent=False)
-        self.register_buffer("space_sin", token_angles.sin().float(), persistent=False)
+        space_cos, space_sin = rotation(token_angles)
+        self.register_buffer("space_cos", space_cos, persistent=False)
+        self.register_buffer("space_sin", space_sin, persistent=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 nn.init.trunc_normal_(weight, std=weight.shape[1] ** -0.5)
             if name.endswith(("out.weight", "down.weight")):  # residual branches start small
                 weight.data.mul_((2 * config.num_layers) ** -0.5)
 
-    def new_cache(self, batch_size: int, num_tokens: int, dtype: torch.dtype = torch.float32) -> TimeCache:
-        """An empty cache of C slots a time layer."""
+    def new_cache(self, batch_size: int, num_tokens: int) -> TimeCache:
+        """An empty cache of C slots a time layer, in the precision that autocast sets."""
         config, device = self.config, self.norm.weight.device
-        shape = (batch_size, num_tokens, config.num_kv_heads, config.context_length, config.head_width)
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+        shape = (num_tokens, batch_size, config.num_kv_heads, config.context_length, config.head_width)
         num_time = sum(bool(layer.is_time) for layer in self.layers)
         keys, values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_time)] for _ in range(2))
-        return TimeCache(keys, values, torch.full((config.context_length,), -1, device=device))
+        return TimeCache(keys, values)
 
     def forward(
         self,
@@ -262,36 +296,62 @@ class Transformer(nn.Module):
         """
         if cache is not None and no_history is not None:
             raise ValueError("no_history is for whole sequences; with a cache every row has a past")
-        view = self._time_view(x, no_history, cache, write)
+        view = self._sequence_view(x, no_history) if cache is None else self._cache_view(x, cache, write)
         tokens = x.shape[2]
-        cos, sin = self.space_cos[:tokens], self.space_sin[:tokens]
+        by = self.space_cos[:tokens], self.space_sin[:tokens]
         time_layer = 0
         for layer in self.layers:
             if layer.is_time:
                 # without its last tokens (a pass that leaves out the agent token) a step reads its tokens' part of the cache
-                ring = None if cache is None else (cache.keys[time_layer][:, :tokens], cache.values[time_layer][:, :tokens])
-                x = layer(x, view, ring)
+                x = layer(x, view, None if cache is None else cache.layer(time_layer, tokens))
                 time_layer += 1
             else:
-                x = layer(x, cos, sin, num_agent)
+                x = layer(x, by, num_agent)
         if cache is not None and write:
-            cache.advance(x.shape[1])
+            cache.num_steps += x.shape[1]
         return self.norm(x)
 
-    def _time_view(self, x: Tensor, no_history: Tensor | None, cache: TimeCache | None, write: bool) -> _TimeView:
+    def _rotation(self, steps: Tensor) -> Rotation:
+        return rotation(rope_angles(steps, self.config.head_width))
+
+    def _sequence_view(self, x: Tensor, no_history: Tensor | None) -> _TimeView:
+        """Whole sequences. Where these are long, each window of C steps looks at itself and the window before, so that a step costs the
+        same in a sequence of any length."""
+        (_, time, tokens, _), context = x.shape, self.config.context_length
+        window = context if time > 2 * context else None
+        steps = torch.arange(time, device=x.device)
+        query, key = rearrange(steps, "t -> 1 t 1"), rearrange(steps, "t -> 1 1 t")
+        if window:
+            start = rearrange(torch.arange(0, time, window, device=x.device), "n -> n 1 1")
+            query = start + torch.arange(window, device=x.device)[:, None]
+            key = start + torch.arange(-window, window, device=x.device)
+        age = query - key
+        mask = rearrange((age >= 0) & (age < context) & (key >= 0), "n l m -> 1 n l m")
+        if no_history is not None:
+            mask = mask & (~rearrange(no_history, "b -> b 1 1 1") | (age == 0))
+        if len(mask) > 1 or window:
+            mask = mask.expand(len(x), -1, -1, -1).repeat(tokens, 1, 1, 1)
+        return _TimeView(self._rotation(steps), rearrange(mask, "b n l m -> (b n) 1 l m"), window)
+
+    def _cache_view(self, x: Tensor, cache: TimeCache, write: bool) -> _TimeView:
+        """The steps after those in the cache."""
         time, context, device = x.shape[1], self.config.context_length, x.device
-        start = 0 if cache is None else cache.next_step
-        steps = torch.arange(start, start + time, device=device)
-        angles = rope_angles(steps, self.config.head_width)
-        key_steps = steps if cache is None else torch.cat([cache.slot_step, steps])
-        age = steps[:, None] - key_steps[None, :]
-        mask = (age >= 0) & (age < context) & (key_steps >= 0)[None, :]
-        if cache is not None:  # a slot that these very steps take over still holds its old content in this pass
-            mask = rearrange(mask, "l m -> 1 1 l m")
-        elif no_history is not None:
-            alone = rearrange(no_history, "b -> b 1 1 1") & ~torch.eye(time, dtype=torch.bool, device=device)
-            mask = mask & ~alone
-        else:
-            mask = rearrange(mask, "l m -> 1 1 l m")
-        slots = steps[-context:] % context if write else None
-        return _TimeView(angles.cos().float(), angles.sin().float(), mask, slots)
+        steps = torch.arange(cache.num_steps, cache.num_steps + time, device=device)
+        by = self._rotation(steps + cache.first_step)
+        if time == 1:  # all of the ring, always: shapes that stay let compiled code stay
+            is_full = cache.num_steps + 1 >= context
+            mask = None if is_full else rearrange(torch.arange(context, device=device) <= steps, "m -> 1 1 1 m")
+            return _TimeView(by, mask, slots=steps % context)
+        num_past = min(cache.num_steps, context)
+        last = cache.num_steps - 1
+        held = last - (last - torch.arange(num_past, device=device)) % context  # the step in each slot
+        age = steps[:, None] - torch.cat([held, steps])
+        mask = rearrange((age >= 0) & (age < context), "l m -> 1 1 l m")
+        return _TimeView(by, mask, num_past=num_past, slots=steps[-context:] % context if write else None)
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Compile the transformer layers inside ``module`` in place, each kind once. The first passes take a minute longer."""
+    for layer in module.modules():
+        if isinstance(layer, Layer):
+            layer.compile()

@@ -156,6 +156,7 @@ def measure_step(phase: Phase, batch: Any, config: TrainConfig, *, step: int = 0
         weights = meter.hold_weights(phase)
         for tensor in [*vars(batch).values(), *phase.carried().values()]:
             meter.hold(tensor)
+        config = config.model_copy(update={"compile": False})  # it changes no operation
         trainer = Trainer(phase, config, Path("nowhere"), seed=0, settings={}, model_info={})
         trainer.step = step
         for parameter in trainer.parameters.values():

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamer.models.transformer import compile_layers
 from dreamer.training.checkpoint import list_checkpoints, load_weights, read_state, read_tensors, save_checkpoint
 from dreamer.training.logging import RunLogger
 from dreamer.training.optim import (
@@ -34,7 +35,8 @@ class TrainConfig(Config):
     accumulate: int = Field(default=1, ge=1)  # batches a step, whose gradients are averaged
     optim: OptimConfig = OptimConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated and handed on; 0: the raw weights
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; slower on processors without bf16 products
+    compile: bool = False  # the transformer layers, by torch.compile: faster steps after a minute or two
     log_every: int = Field(default=20, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
@@ -96,6 +98,8 @@ class Trainer:
         self.settings, self.model_info = settings, model_info
         self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
+        if config.compile:
+            compile_layers(phase.model)
         self.optimizers = make_optimizers(self.parameters, config.optim, phase.rate_factor)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
@@ -227,7 +231,7 @@ def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path,
         old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             check_same_settings(old, new, where, f"{prefix}{key}.")
-        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every"):
+        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every", "compile"):
             raise ValueError(
                 f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
                 "use the same setting to resume, or another run_dir to start anew"

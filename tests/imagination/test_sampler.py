@@ -10,6 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from dreamer.imagination import Sampler, SamplerConfig
 from dreamer.models import Agent, Dynamics, DynamicsOutput
@@ -246,6 +249,44 @@ def test_bfloat16_autocast_dreams_in_float32(make_agent: MakeAgent, make_batch: 
         out = run()
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, expected, rtol=0.15, atol=0.15)
+
+
+class Work(TorchDispatchMode):
+    """Counts operations, and the bytes that they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        self.made += sum(x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, Tensor))
+        return out
+
+
+def test_every_step_of_a_long_dream_costs_the_same(make_agent: MakeAgent, make_batch: MakeBatch) -> None:
+    context = 6
+    sampler, batch = Sampler(make_agent(context_length=context).dynamics, SamplerConfig(num_steps=2)), make_batch()
+    state = sampler.start(2)
+    memory = [(ring.data_ptr(), ring.untyped_storage().nbytes()) for ring in (*state.cache.keys, *state.cache.values)]
+    costs = []
+    for _ in range(4 * context):
+        with FlopCounterMode(display=False) as counter, Work() as work:
+            sampler.imagine(state, batch.prev_actions[:, 1])
+        costs.append((counter.get_total_flops(), work.operations, work.made))
+    flops = [flops for flops, _, _ in costs]
+    assert len(set(flops)) == 1
+    assert len(set(costs[context - 1 :])) == 1  # before, a mask hides the slots that are still empty
+    assert memory == [(ring.data_ptr(), ring.untyped_storage().nbytes()) for ring in (*state.cache.keys, *state.cache.values)]
+
+
+def test_each_pass_works_on_one_step_alone(make_agent: MakeAgent, make_batch: MakeBatch) -> None:
+    """What came before is read as keys and values: computed once a step, and used again in every pass."""
+    dynamics, batch = make_agent().dynamics, make_batch(2, 8)
+    calls = record(dynamics)
+    Sampler(dynamics, SamplerConfig(num_steps=4)).generate(batch.latents[:, :5], batch.prev_actions, batch.prev_action_mask)
+    assert [call["noisy"].shape[1] for call in calls] == [5] + 3 * (4 + 1) * [1]
 
 
 @pytest.mark.gpu

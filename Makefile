@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
 
-.PHONY: venv demo test lint format clean
+.PHONY: venv demo test soak lint format clean
 
 venv: $(STAMP)
 
@@ -22,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP) # ten minutes of play in a headless Chromium: memory must stay flat
+	DREAMER_SOAK_SECONDS=600 $(BIN)/python -m pytest -s tests/player/test_page.py -k long_play $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dreamer
+from dreamer.player.commands import add_verbs
 
 PRESETS = Path(__file__).parent / "presets"
 MINECRAFT = "minerl_cosmos"  # preset of pretokenize --data-path, where no settings are named
@@ -129,6 +130,7 @@ def _parser() -> Parser:
     looks.add_argument("--max-episodes", type=int, metavar="N", help="look at N episodes, spread evenly (default: all)")
     looks.add_argument("--out", type=Path, metavar="DIR", help="folder for inspect.json and contact_sheet.png (default: text only)")
     looks.set_defaults(verb=_inspect)
+    add_verbs(verbs, _browse)
     return parser
 
 
@@ -249,13 +251,16 @@ def _demo(arguments: argparse.Namespace, command: str) -> int:
     run = Run(_load(arguments), command, _setting_words(arguments))
     run_all(run, lambda text: print(text, flush=True), arguments.began)
     print("\n".join(["", *key_figures(run), "", f"report: {run.report_path.resolve()}"]))
-    if sys.stdout.isatty() and not arguments.no_open and _has_display():
-        webbrowser.open(run.report_path.resolve().as_uri())
+    if not arguments.no_open:
+        _browse(run.report_path.resolve().as_uri())
     return 0
 
 
-def _has_display() -> bool:
-    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+def _browse(link: str) -> None:
+    """Open a browser, where there are a person and a screen."""
+    has_display = sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    if sys.stdout.isatty() and has_display:
+        webbrowser.open(link)
 
 
 def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:

@@ -197,7 +197,8 @@ def test_help_is_quick_and_complete() -> None:
     code = "import sys; from dreamer.cli import main; main(['--help']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip().endswith("False")
-    assert all(verb in out for verb in ("demo", "record", "train", "pretokenize", "evaluate", "report", "config", "import", "inspect"))
+    verbs = ("demo", "record", "train", "pretokenize", "evaluate", "report", "config", "import", "inspect", "play", "dream")
+    assert all(verb in out for verb in verbs)
 
 
 def test_recordings_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,9 @@ LAYERS = [
     {"evaluation"},
     {"training"},
     {"utils"},
-    {"player"},
     {"config", "yaml_config"},
     {"pipeline"},
+    {"player"},
     {"cli"},
     {"__main__"},
 ]

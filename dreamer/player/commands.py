@@ -1,0 +1,86 @@
+"""The verbs play and dream. Nothing heavy is imported before one of them runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_verbs(verbs: Any, browse: Callable[[str], None]) -> None:
+    """Add both to a parser's verbs. ``browse`` opens a link for the person, if it can."""
+    text = "Play inside the world model, on a page in the browser."
+    play = verbs.add_parser("play", help=text, description=text)
+    play.add_argument("--env", metavar="NAME", help="real environment beside the dream (default: the run's)")
+    play.add_argument("--port", type=int, default=8642, metavar="N", help="of 127.0.0.1; 0: any that is free (default: %(default)s)")
+    play.add_argument("--no-open", action="store_true", help="only print the link")
+    play.set_defaults(verb=_play, browse=browse)
+    text = "Dream open loop from recorded frames, as a video or a picture."
+    dream = verbs.add_parser("dream", help=text, description=text)
+    dream.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a grid of moments")
+    dream.add_argument("--start", action="append", default=[], metavar="E:S", help="episode and latent step; may be given several times")
+    dream.add_argument("--num", type=int, default=4, metavar="N", help="starts, if none are named (default: %(default)s)")
+    dream.add_argument("--steps", type=int, default=24, metavar="N", help="frames to dream (default: %(default)s)")
+    words = "recorded (default), noop, policy, policy-argmax, or a script such as 'right*8,do*2'"
+    dream.add_argument("--actions", default="recorded", metavar="WORDS", help=words)
+    dream.add_argument("--seed", type=int, metavar="N", help="of noise, policy and starts (default: the run's)")
+    dream.add_argument("--denoise-steps", type=int, metavar="K", help="a power of two (default: as in the evaluation)")
+    dream.add_argument("--context", type=int, metavar="N", help="latent steps that the model is shown (default: as in the evaluation)")
+    dream.set_defaults(verb=_dream)
+    for own in (play, dream):
+        own.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, of a phase in it, or of a checkpoint")
+        own.add_argument("--fps", type=float, metavar="N", help="frames a second (default: the recordings')")
+        own.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
+        own.add_argument(
+            "--threads", type=int, default=1, metavar="N", help="of PyTorch on the CPU (default: 1, the quickest for small models)"
+        )
+
+
+def _open_source(arguments: argparse.Namespace, env: str | None = None) -> Any:
+    import torch
+
+    from dreamer.player.source import open_source
+
+    if arguments.threads < 1 or not (arguments.fps is None or 0 < arguments.fps < 1000):
+        raise ValueError(f"--threads is {arguments.threads}, --fps {arguments.fps}; expected at least 1, and above 0 and below 1000")
+    source = open_source(arguments.checkpoint, env=env, device=arguments.device, fps=arguments.fps)
+    torch.set_num_threads(arguments.threads)
+    return source
+
+
+def _play(arguments: argparse.Namespace, command: str) -> int:
+    if not 0 <= arguments.port < 65536:
+        raise ValueError(f"--port is {arguments.port}; expected 0 to 65535")
+    try:
+        from dreamer.player.server import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "websockets"):
+            raise
+        raise ValueError(f"dreamer play needs the package {error.name}: pip install 'dreamer4[play]'") from error
+
+    def say(link: str) -> None:
+        print(f"play here: {link}\nOnly this machine can open it, and only with the whole link. Ctrl-C ends it.", flush=True)
+        if not arguments.no_open:
+            arguments.browse(link)
+
+    try:
+        serve(_open_source(arguments, arguments.env), port=arguments.port, say=say)
+    except KeyboardInterrupt:
+        print()  # the usual end
+    return 0
+
+
+def _dream(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.player.engine import DreamSettings, default_settings
+    from dreamer.player.rollouts import choose_places, roll_out, write_rollouts
+
+    if arguments.num < 1 or arguments.steps < 1:
+        raise ValueError(f"--num is {arguments.num}, --steps {arguments.steps}; expected at least 1 of each")
+    source = _open_source(arguments)
+    given = {"num_steps": arguments.denoise_steps, "context": arguments.context, "seed": arguments.seed}
+    settings = DreamSettings(**default_settings(source).model_dump() | {key: value for key, value in given.items() if value is not None})
+    places = choose_places(source, arguments.start, arguments.num, arguments.steps, settings)
+    rollouts = [roll_out(source, place, arguments.actions, arguments.steps, settings) for place in places]
+    print(f"written: {write_rollouts(arguments.out, rollouts, source.fps)}")
+    return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,19 @@ def cut(file: Path, num_bytes: int | None = None) -> None:
     """Keep the first half, or all but the last ``num_bytes``."""
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2 if num_bytes is None else -num_bytes])
+
+
+def index_in_front(file: Path) -> Path:
+    """The same mp4 as it is made for streaming: what is left of it, once it is cut, decodes without an error."""
+    made = file.with_suffix(".made")
+    with av.open(str(file)) as source, av.open(str(made), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    assert made.read_bytes().find(b"moov") < made.read_bytes().find(b"mdat")
+    return made.replace(file)
 
 
 @pytest.fixture
@@ -74,6 +88,8 @@ BREAKS: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
         f"{MINERL}/{{}}/recording.mp4",
         "cannot be decoded after 0 frames",
     ),
+    "truncated mp4 with its index in front": ("vpt", lambda p: cut(index_in_front(p), 900), "{}.mp4", "its last 900 bytes are missing"),
+    "the same without actions": ("video", lambda p: cut(index_in_front(p), 900), "{}.mp4", "its last 900 bytes are missing"),
     "truncated mp4 without actions": ("video", cut, "{}.mp4", "not a video that can be opened"),
     "JSONL with a cut line": ("vpt", lambda p: cut(p.with_suffix(".jsonl"), 40), "{}.jsonl", "line 12 cannot be read"),
     "npz that is longer than the video": (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +54,23 @@ def read_groups(folder: Path) -> Groups | None:
     return groups
 
 
-def plan_groups(folder: Path, sources: Sequence[Source], origin: Path, *, shard_episodes: int, max_episodes: int | None = None) -> Groups:
+def plan_groups(
+    folder: Path,
+    sources: Sequence[Source],
+    origin: Path,
+    *,
+    shard_episodes: int,
+    max_episodes: int | None = None,
+    left_out: Collection[str] = (),
+) -> Groups:
     """The groups of a latent store, written down: what was planned before, in its order, then those of ``sources`` that are new.
 
-    ``max_episodes``: plan no more; what was planned before stays. Processes that plan at the same time, from the same sources, write
-    the same. Raises ``ValueError`` if ``sources`` (found at ``origin``) lack what was planned before, or for other ``shard_episodes``.
+    ``max_episodes``: plan no more; what was planned before stays. ``left_out``: names that may be missing by now. Processes that plan
+    at the same time, from the same sources, write the same. Raises ``ValueError`` if ``sources`` (found at ``origin``) lack what was
+    planned before, or for other ``shard_episodes``.
     """
-    known, found = read_groups(folder), dict(sources)
+    known = read_groups(folder)
+    found = {name: stamp for name, stamp in (known.sources if known else ()) if name in left_out} | dict(sources)
     names = [] if known is None else [name for name, _ in known.sources]
     if known is not None and known.shard_episodes != shard_episodes:
         raise ValueError(

@@ -70,13 +70,18 @@ def pretokenize(
     writer = _open_writer(path, source, tokenizer, actions, dtype, extra)
     if found is None or not len(found):  # before anything is written
         _require_readable(source, sources[:max_episodes], tokenizer)
-    groups = plan_groups(path, sources, source.path, shard_episodes=shard_episodes, max_episodes=max_episodes)
+    left_out = {} if found is None else {entry["name"]: entry["reason"] for entry in found.quarantine}  # or moved away since
+    groups = plan_groups(path, sources, source.path, shard_episodes=shard_episodes, max_episodes=max_episodes, left_out=left_out)
     own, finished = range(rank, len(groups), world), _finished(found, groups, strict)
     todo = [number for number in own if number not in finished]
     total = sum(len(groups[number]) for number in own)
     done = itertools.count(total - sum(len(groups[number]) for number in todo) + 1)
     places = {name: place for place, (name, _) in enumerate(sources)}
-    reads = (_read(source, places[name], name, tokenizer, strict) for number in todo for name, _ in groups[number])
+    reads = (
+        _read(source, places[name], name, tokenizer, strict) if name in places else left_out[name]
+        for number in todo
+        for name, _ in groups[number]
+    )
     encoder = _Encoder(tokenizer, writer, actions, batch_frames, batch_episodes, device)
     with writer, Prefetcher(reads, max(2, batch_episodes)) as decoded:  # decodes ahead while the tokenizer works
         for number in todo:

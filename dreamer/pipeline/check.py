@@ -104,19 +104,19 @@ def _find(run: Run) -> _Subject:
     has_tokenizer = bool(list_checkpoints(run.path / "tokenizer"))
     tokenizer = load_tokenizer(run.path / "tokenizer", run.device) if has_tokenizer else None
     told = f"tokenizer  {run.path / 'tokenizer'}"
+    trained = [phase for phase in ("phase3", "phase2", "phase1") if list_checkpoints(run.path / phase)]
     latents, inputs = None, None
-    if run.latents_path.is_dir() or not run.has_episodes:
+    if run.latents_path.is_dir() or not run.has_episodes or trained:  # what was trained is never passed over
         latents = run.latents(tokenizer)
     else:
         inputs = find_inputs(run)
     if tokenizer is None:
         tokenizer = _fresh_tokenizer(run, inputs)
         told = "tokenizer  " + ("fresh, with random weights" if tokenizer else "none: the latents come without theirs")
-    trained = [phase for phase in ("phase3", "phase2", "phase1") if list_checkpoints(run.path / phase)]
     sources = [told]
     if latents is None:
         assert inputs is not None
-        agent, trained = _fresh_agent(run, inputs), []
+        agent = _fresh_agent(run, inputs)
         sources += [f"latents    made up: {run.latents_path} does not exist; {inputs.sources}"]
     else:
         agent = run.agent(trained[0], latents.tokenizer_fingerprint) if trained else _fresh_agent(run, latents)

@@ -21,6 +21,7 @@ from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import build_network
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.step_cost import StepCost, num_bytes, simulate_step
+from dreamer.training.checkpoint import list_checkpoints
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.training.phase0 import Phase0, Phase0Cosmos
@@ -73,7 +74,8 @@ def dry_run(config: DreamerConfig, part: str) -> str:
     The action space comes from the run's latents or episodes, else from the reader of its recordings, else from the environment.
     Raises ``ValueError`` if none of them tells, and for an unknown part.
     """
-    inputs = find_inputs(Run(config.model_copy(update={"device": "cpu", "threads": None})))
+    run = Run(config.model_copy(update={"device": "cpu", "threads": None}))
+    inputs = find_inputs(run)
     if part == "tokenizer" and not config.tokenizer_steps:
         return _nothing_to_train(config, inputs)
     plan = make_plan(config, part, inputs)
@@ -83,7 +85,8 @@ def dry_run(config: DreamerConfig, part: str) -> str:
     ]
     with torch.device("meta"):
         phase = plan.build()
-    tokenizer = None if part == "tokenizer" else inputs.tokenizer
+    has_tokenizer = run.has_episodes or bool(list_checkpoints(run.path / "tokenizer"))  # data.latents need none
+    tokenizer = inputs.tokenizer if part != "tokenizer" and has_tokenizer else None
     return "\n".join(
         [
             f"dry run of {part}, {plan.train.steps} steps in {plan.train.precision}",
@@ -102,6 +105,10 @@ def find_inputs(run: Run) -> Inputs:
     """Shapes and actions from the latents, where there are some, else from the tokenizer's settings and the recordings."""
     cosmos = run.config.cosmos_tokenizer
     latents = LatentStore(run.latents_path, allow_partial=True) if (run.latents_path / STORE_FILE).exists() else None
+    if not run.has_episodes:  # what training would refuse
+        run.require_foreign_latents()
+        if latents is not None:
+            run.check_settings(latents)
     if latents is not None and cosmos.enabled:
         space, frame_shape, source = latents.action_space, (3, *cosmos.frame_size), ""
     else:

@@ -85,10 +85,16 @@ def open_source(path: Path, frame_shape: tuple[int, int, int], reader_name: str 
 
 
 def open_tokenizer(config: DreamerConfig, device: torch.device) -> CosmosTokenizerWrapper:
-    """The tokenizer of ``config.cosmos_tokenizer``, with the threads of ``config``. Raises ``ValueError`` if it is not enabled."""
+    """The tokenizer of ``config.cosmos_tokenizer``, with the threads of ``config``. Raises ``ValueError`` if it is not enabled, or not
+    fitted."""
     if not config.cosmos_tokenizer.enabled:
         raise ValueError(
             "no tokenizer: cosmos_tokenizer.enabled is false; set it to true, or give the folder of a trained one with --tokenizer DIR"
+        )
+    if config.cosmos_tokenizer.spatial_mode == "project":
+        raise ValueError(
+            "cosmos_tokenizer.spatial_mode is project, whose projection is fitted to frames first: with the settings of a run, "
+            "dreamer record and dreamer train tokenizer; then give --tokenizer RUN_DIR/tokenizer in the place of settings"
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -26,7 +26,7 @@ from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent
 from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
-from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer
+from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
 from dreamer.yaml_config import save_config
 
@@ -111,20 +111,33 @@ class Run:
         return store
 
     def _foreign_latents(self) -> LatentStore:
-        path, cosmos = self.latents_path, self.config.cosmos_tokenizer
+        self.require_foreign_latents()
+        store = open_latents(self.latents_path)
+        self.check_settings(store)
+        return store
+
+    def require_foreign_latents(self) -> None:
+        path = self.latents_path
         if not path.is_dir():
             raise ValueError(
                 f"{path}: does not exist; data.latents names a folder of latents, which this makes: "
                 f"python pretokenize_dataset.py --data-path RECORDINGS --output-path {path}"
             )
-        store = open_latents(path)
+
+    def check_settings(self, store: LatentStore) -> None:
+        """Raise ``ValueError`` unless ``data.latents`` were made with these settings of Cosmos, as far as the store tells."""
+        path, cosmos = store.path, self.config.cosmos_tokenizer
         found = (store.token_grid[0] * store.token_grid[1], store.temporal_stride)
         if cosmos.enabled and found != (cosmos.num_tokens, cosmos.temporal_stride):
             raise ValueError(
                 f"{path}: {found[0]} tokens a latent step of {found[1]} frames; with cosmos_tokenizer as it is set, they would be "
                 f"{cosmos.num_tokens} and {cosmos.temporal_stride}; use the settings that the latents were made with"
             )
-        return store
+        told = store.extra.get("tokenizer", {})
+        if cosmos.enabled and told.get("kind") == "CosmosTokenizerWrapper":
+            own = cosmos.model_dump(mode="json", include=set(told["settings"]))
+            if difference := settings_difference(told["settings"], own):
+                raise ValueError(f"{path}: was made with cosmos_tokenizer.{difference}; use the settings that the latents were made with")
 
     def split(self, num_episodes: int) -> tuple[Ids, Ids]:
         """Episodes that train, and episodes that are held out."""

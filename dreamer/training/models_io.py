@@ -114,7 +114,7 @@ def load_agent(path: Path, device: torch.device | str = "cpu", expected: AgentCo
             raise TypeError("tokenizer and phase are not text")
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(checkpoint, error) from error
-    if expected is not None and (difference := _difference(config.model_dump(), expected.model_dump())):
+    if expected is not None and (difference := settings_difference(config.model_dump(), expected.model_dump())):
         raise ValueError(f"{checkpoint}: was trained with agent.{difference}; use the same config, or another run_dir to start anew")
     load_weights(agent, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
     return agent.to(device).eval(), info
@@ -138,12 +138,12 @@ def _damaged(checkpoint: Path, error: Exception) -> ValueError:
     return ValueError(f"{checkpoint / 'model.json'}: does not describe a model ({what}); use an earlier checkpoint")
 
 
-def _difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+def settings_difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
     """The first setting that differs, in words; empty if none does."""
     for key in sorted(saved.keys() | now.keys()):
         old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            if found := _difference(old, new, f"{prefix}{key}."):
+            if found := settings_difference(old, new, f"{prefix}{key}."):
                 return found
         elif old != new:
             return f"{prefix}{key}={old!r}, this config says {new!r}"

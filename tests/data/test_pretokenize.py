@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -297,6 +298,23 @@ def test_broken_recordings_are_left_out_with_the_reason(write_npy, pixel_tokeniz
     after = [path.read_bytes() for path in shard_paths(tmp_path / "l")]
     assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
     assert latents.latents(1)[0, 0, 0] == 20 and [entry["name"] for entry in latents.quarantine] == list("bef")
+
+
+def test_a_broken_recording_may_be_moved_away_as_its_reason_says(write_npy, pixel_tokenizer, tmp_path):
+    """Then the others go on, and the group that it belongs to is made again as if it were still there."""
+    for name, value in zip("abc", (1, 2, 3), strict=True):
+        write_npy(tmp_path / "in" / name, 5, value)
+    (tmp_path / "in" / "b" / "rewards.npy").write_bytes(b"")
+    arguments = {"tokenizer": pixel_tokenizer(), "path": tmp_path / "l", "shard_episodes": 4}
+    before = pretokenize(Recordings(tmp_path / "in", "npy"), **arguments)
+    (tmp_path / "in" / "b").rename(tmp_path / "b")
+    assert pretokenize(Recordings(tmp_path / "in", "npy"), **arguments).fingerprint() == before.fingerprint()
+    write_npy(tmp_path / "in" / "d", 5, 4)
+    after = pretokenize(Recordings(tmp_path / "in", "npy"), **arguments)
+    assert len(before) == 2 and len(after) == 3 and after.quarantine == before.quarantine
+    shutil.rmtree(tmp_path / "in" / "c")
+    with pytest.raises(ValueError, match=r"where 'c' is not found \(1 of 4 are missing\)"):
+        pretokenize(Recordings(tmp_path / "in", "npy"), **arguments)
 
 
 def test_broken_videos_and_rows_are_left_out(write_vpt, pixel_tokenizer, tmp_path):

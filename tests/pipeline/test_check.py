@@ -75,6 +75,16 @@ def test_a_run_that_has_learned_too_little(run: Run, capsys: pytest.CaptureFixtu
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
+def test_a_trained_agent_is_never_passed_over(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fresh models in its place would pass."""
+    away = run.latents_path.rename(run.path / "away")
+    try:
+        assert main(["check", "--preset", "smoke", *SMALL, f"run_dir={run.path}"]) == 2
+    finally:
+        away.rename(run.latents_path)
+    assert f"{run.latents_path}: does not exist; run first: dreamer pretokenize" in capsys.readouterr().err
+
+
 def test_every_broken_promise_is_found(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     encode = CausalTokenizer.encode
     monkeypatch.setattr(CausalTokenizer, "encode", lambda self, frames: encode(self, frames)[:, : 1 + len(frames) // 8])  # floor, not ceil

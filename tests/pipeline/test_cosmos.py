@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, import_recordings, split_episodes
 from dreamer.models import CosmosTokenizerWrapper
 from dreamer.pipeline import STAGES, Run, run_stage, stages
+from dreamer.pipeline.dry_run import dry_run
 from dreamer.pipeline.summary import key_figures
 from dreamer.pipeline.train import episode_returns
 from dreamer.training.checkpoint import read_json
@@ -331,7 +333,7 @@ def test_returns_come_from_the_latents(means: Run) -> None:
     assert episode_returns(latents).tolist() == means.episodes().returns.tolist() and episode_returns(latents).min() > 0
 
 
-def test_latents_that_do_not_fit_are_refused(means: Run, pretokenized: Path, tmp_path: Path, weights: str) -> None:
+def test_latents_that_do_not_fit_are_refused(means: Run, pretokenized: Path, tmp_path: Path, small_cosmos: Callable[..., Any]) -> None:
     def run(path: Path, *more: str) -> Run:
         return make_run("minerl_cosmos", [*SMALL, f"run_dir={path}", f"data.latents={pretokenized}", *more])
 
@@ -339,10 +341,22 @@ def test_latents_that_do_not_fit_are_refused(means: Run, pretokenized: Path, tmp
         run_stage(run(tmp_path / "a", "cosmos_tokenizer.num_latent_tokens=64"), "phase1")
     with pytest.raises(ValueError, match=r"absent: does not exist; .* python pretokenize_dataset.py --data-path RECORDINGS --output-path"):
         run_stage(run(tmp_path / "b", f"data.latents={tmp_path / 'absent'}"), "phase1")
+    for more, said in {
+        "upsampled_size=[128, 128]": r"was made with cosmos_tokenizer.upsampled_size=\[64, 64\], this config says \[128, 128\]",
+        "reset_every=9": "was made with cosmos_tokenizer.reset_every=121, this config says 9; use the settings that the latents were made",
+    }.items():
+        other = run(tmp_path / "e", "cosmos_tokenizer.upsampled_size=[64, 64]", f"cosmos_tokenizer.{more}")
+        with pytest.raises(ValueError, match=said):
+            run_stage(other, "phase1")
+        with pytest.raises(ValueError, match=said):
+            dry_run(other.config, "phase1")
+    with pytest.raises(ValueError, match="absent: does not exist; data.latents names a folder of latents"):
+        dry_run(run(tmp_path / "e", f"data.latents={tmp_path / 'absent'}").config, "phase1")
     shutil.copytree(means.path / "tokenizer", tmp_path / "c" / "tokenizer")
     same = run(tmp_path / "c", "cosmos_tokenizer.upsampled_size=[64, 64]")
     assert same.latents(same.own_tokenizer()).tokenizer_fingerprint == load_tokenizer(means.path / "tokenizer").fingerprint()
-    other = run(tmp_path / "d", "cosmos_tokenizer.upsampled_size=[128, 128]", weights)
+    other = run(tmp_path / "d", "cosmos_tokenizer.upsampled_size=[64, 64]", f"cosmos_tokenizer.checkpoint_path={tmp_path / 'weights'}")
+    small_cosmos(decode_block_out_channels=(8, 12, 16, 24)).save_pretrained(tmp_path / "weights")
     go(other, "tokenizer")
     with pytest.raises(ValueError, match="latents were made by tokenizer"):
         run_stage(other, "phase1")

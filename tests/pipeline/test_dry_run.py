@@ -105,6 +105,13 @@ def test_the_latents_that_are_there_decide(tmp_path):
     assert (inputs.action_space, inputs.token_grid, inputs.latent_channels, inputs.actions_per_step) == (MINERL, (4, 2), 5, 8)
 
 
+def test_a_run_on_latents_alone_holds_no_tokenizer(tmp_path):
+    test_the_latents_that_are_there_decide(tmp_path)
+    assert "\n  tokenizer " in dry_run(config(tmp_path), "phase1")
+    alone = dry_run(config(tmp_path, f"data.latents={tmp_path / 'latents'}"), "phase1")
+    assert "\n  tokenizer " not in alone and re.search(r"^  all +[\d,]+ +[\d,]+$", alone, flags=re.M)
+
+
 MINECRAFT = ("env=null", "data.recordings={path: /no/such/recordings, reader: minerl}")
 
 

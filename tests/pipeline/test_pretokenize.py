@@ -52,6 +52,14 @@ def write_npy(folder: Path, name: str, length: int) -> None:
     np.save(folder / name / "rewards.npy", np.ones(length))
 
 
+def test_a_projection_is_fitted_first(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_npy(tmp_path / "in", "a", 9)
+    words = ["--config", str(config), "cosmos_tokenizer.spatial_mode=project", "phase0.num_frames=9"]
+    assert main(["pretokenize", "--data-path", str(tmp_path / "in"), "--output-path", str(tmp_path / "out"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "dreamer train tokenizer; then give --tokenizer RUN_DIR/tokenizer" in error and not (tmp_path / "out").exists()
+
+
 def test_the_script_of_the_checklist(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

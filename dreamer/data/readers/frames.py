@@ -55,7 +55,26 @@ def decode_frames(file: Path, size: tuple[int, int], max_frames: int, paint: Pai
         raise ValueError(f"{file}: cannot be decoded after {len(frames)} frames ({error}); repair it or move it away") from error
     if not frames:
         raise ValueError(f"{file}: holds no frame that can be decoded; repair it or move it away")
+    if (missing := missing_bytes(file)) > 0:
+        raise ValueError(
+            f"{file}: cannot be decoded after {len(frames)} frames (its last {missing} bytes are missing); repair it or move it away"
+        )
     return np.stack(frames)
+
+
+def missing_bytes(file: Path) -> int:
+    """How much of an mp4 was cut off. With its index in front, as in files made for streaming, the rest decodes without an error."""
+    end, place = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        while place + 8 <= end:  # from box to box
+            stream.seek(place)
+            head = stream.read(16)
+            size = int.from_bytes(head[:4], "big")
+            size = int.from_bytes(head[8:], "big") if size == 1 else size or end - place
+            if size < 8 or (place == 0 and head[4:8] != b"ftyp"):
+                return 0  # another format
+            place += size
+    return max(0, place - end)
 
 
 def resize_frames(frames: UInt8[np.ndarray, "F H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "F 3 H2 W2"]:

@@ -21,10 +21,11 @@ import torch
 from dreamer import __version__
 from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, LatentStore, open_latents, split_episodes
+from dreamer.data.predecessor import UNKNOWN_TOKENIZER
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
-from dreamer.models import Agent
+from dreamer.models import Agent, create_cosmos_tokenizer_from_config
 from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
@@ -100,15 +101,26 @@ class Run:
         return EpisodeStore(self._existing(path, "record"))
 
     def latents(self, tokenizer: Tokenizer | None) -> LatentStore:
-        """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one, if it is known."""
+        """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one (None: than the weights
+        that the settings name, where these are here)."""
         store = LatentStore(self._existing(self.latents_path, "pretokenize")) if self.has_episodes else self._foreign_latents()
-        if tokenizer is not None:
-            store.check_tokenizer(tokenizer.fingerprint())
+        fingerprint = self._cosmos_fingerprint if tokenizer is None else tokenizer.fingerprint()
+        if fingerprint is not None and not (tokenizer is None and store.tokenizer_fingerprint == UNKNOWN_TOKENIZER):
+            store.check_tokenizer(fingerprint)
         if self.has_episodes and len(store) != len(self.episodes()):
             raise ValueError(
                 f"{store.path}: {len(store)} of {len(self.episodes())} episodes are pretokenized; run: {self.command_for('pretokenize')}"
             )
         return store
+
+    @functools.cached_property
+    def _cosmos_fingerprint(self) -> str | None:
+        """Of the Cosmos tokenizer that the settings name. None where there is no such folder here, and where phase 0 makes another one."""
+        cosmos = self.config.cosmos_tokenizer
+        is_made = cosmos.spatial_mode == "project" or self.config.phase0.cosmos.adapt != "none"
+        if not cosmos.enabled or is_made or not cosmos.checkpoint_path.is_dir():
+            return None
+        return create_cosmos_tokenizer_from_config(cosmos, self.device).fingerprint()
 
     def _foreign_latents(self) -> LatentStore:
         self.require_foreign_latents()

@@ -17,7 +17,7 @@ from torch import Tensor
 from dreamer.data import LatentStore, PretokenizedDataset
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.evaluation.intervals import Interval, bootstrap_interval
-from dreamer.evaluation.open_loop import BATCH, other_episodes
+from dreamer.evaluation.open_loop import BATCH, other_windows
 from dreamer.evaluation.video import SHUFFLED_ACTIONS, TRUE_ACTIONS, mean_of_sums
 from dreamer.imagination import Sampler
 from dreamer.types import Batch
@@ -27,9 +27,9 @@ COPY_LAST_STEP = "copy last step"
 
 @dataclass(frozen=True)
 class LatentResult:
-    """Mean squared errors of normalised latents on held-out episodes: 1 is about the error of predicting their mean."""
+    """Mean squared errors of normalised latents: 1 is about the error of predicting their mean."""
 
-    mse: dict[str, Interval]  # by name: TRUE_ACTIONS, SHUFFLED_ACTIONS (left out where there is one episode), COPY_LAST_STEP
+    mse: dict[str, Interval]  # by name: TRUE_ACTIONS, SHUFFLED_ACTIONS (where other windows are there), COPY_LAST_STEP
     num_episodes: int
     num_windows: int
     context: int  # recorded latent steps that the model sees first
@@ -45,8 +45,9 @@ class LatentResult:
 
 def draw_latent_windows(
     latents: LatentStore, episodes: Ids, *, num_steps: int, num_windows: int, seed: int
-) -> tuple[Batch, Int[np.ndarray, " B"]]:
-    """Windows of ``num_steps`` latent steps, spread evenly over ``episodes``, at places that ``seed`` decides; and their episodes.
+) -> tuple[Batch, Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+    """Windows of ``num_steps`` latent steps, spread evenly over ``episodes``, at places that ``seed`` decides; their episodes, and the
+    steps of these that they begin with.
 
     Raises ``ValueError`` if no episode is long enough.
     """
@@ -54,26 +55,29 @@ def draw_latent_windows(
     long = ids[latents.lengths[ids] >= num_steps]
     if len(long) == 0:
         longest = int(latents.lengths[ids].max(initial=0))
-        raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest held-out episode has {longest}")
+        raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest episode to draw from has {longest}")
     rng = np.random.default_rng(seed)
     if len(long) == 2:  # an odd number could not trade actions between the two
         num_windows -= num_windows % 2
     chosen = np.resize(rng.permutation(long), num_windows)
     rows = [(int(e), int(rng.integers(latents.lengths[e] - num_steps + 1))) for e in chosen]
-    return PretokenizedDataset(latents, num_steps, long).batch(rows), chosen
+    return PretokenizedDataset(latents, num_steps, long).batch(rows), chosen, np.array([start for _, start in rows])
 
 
 @torch.no_grad()
-def score_latent_dreams(sampler: Sampler, batch: Batch, episodes: Int[np.ndarray, " B"], context: int, seed: int) -> LatentResult:
-    """Dreams with the true actions and with those of another episode, from the same noise, and the last context step held still.
+def score_latent_dreams(
+    sampler: Sampler, batch: Batch, episodes: Int[np.ndarray, " B"], starts: Int[np.ndarray, " B"], context: int, seed: int
+) -> LatentResult:
+    """Dreams with the true actions and with those of another window (``other_windows``), from the same noise, and the last context step
+    held still.
 
     Intervals are 95 % bootstraps over episodes.
     """
     truth = batch.latents[:, context:]
     actions, known = batch.prev_actions, batch.prev_action_mask
     errors = {TRUE_ACTIONS: _errors(_dream(sampler, batch, context, actions, known, seed), truth)}
-    if len(np.unique(episodes)) > 1:
-        other = other_episodes(episodes, torch.Generator().manual_seed(seed))
+    other = other_windows(episodes, starts, truth.shape[1], torch.Generator().manual_seed(seed))
+    if other is not None:
         actions, known = actions.clone(), known.clone()
         actions[:, context:], known[:, context:] = actions[other, context:], known[other, context:]
         errors[SHUFFLED_ACTIONS] = _errors(_dream(sampler, batch, context, actions, known, seed), truth)

@@ -5,6 +5,7 @@ Shape letters: B windows, T latent steps, F frames, P frames and actions per lat
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +32,14 @@ from dreamer.types import Batch, Config, Tokenizer
 
 BATCH = 32  # windows that are dreamed or decoded at once
 
+_log = logging.getLogger(__name__)
+
 
 class WorldModelEvaluationConfig(Config):
     context: int = Field(default=8, ge=1)  # recorded latent steps before the dream
     horizon: int = Field(default=16, ge=1)  # dreamed latent steps
     num_windows: int = Field(default=64, ge=2)  # of held-out episodes
+    num_training_windows: int | None = Field(default=None, ge=2)  # of training episodes, scored beside them; null: none
     num_clips: int = Field(default=6, ge=1)  # kept as pictures for the report
 
 
@@ -47,7 +51,12 @@ class Windows:
     frames: UInt8[Tensor, "B F C H W"]
     batch: Batch
     episodes: Int[np.ndarray, " B"]  # that each comes from
-    is_start: Bool[Tensor, " B"]  # begins at its episode's start
+    starts: Int[np.ndarray, " B"]  # latent step of its episode that each begins with
+
+    @property
+    def is_start(self) -> Bool[Tensor, " B"]:
+        """Whether each begins at its episode's start."""
+        return torch.from_numpy(self.starts == 0)
 
 
 def draw_windows(
@@ -63,7 +72,7 @@ def draw_windows(
     long = ids[num_whole[ids] >= num_steps]
     if len(long) == 0:
         longest = int(num_whole[ids].max(initial=0))
-        raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest held-out episode has {longest}")
+        raise ValueError(f"{latents.path}: windows of {num_steps} steps do not fit: the longest episode to draw from has {longest}")
     rng = np.random.default_rng(seed)
     if len(long) == 2:  # an odd number could not trade actions between the two
         num_windows -= num_windows % 2
@@ -72,20 +81,42 @@ def draw_windows(
     rows = list(zip(chosen.tolist(), starts, strict=True))
     pictures = [frames.frames(e, stride * start, stride * (start + num_steps - 1) + 1) for e, start in rows]
     batch = PretokenizedDataset(latents, num_steps, long).batch(rows)
-    return Windows(torch.from_numpy(np.stack(pictures)), batch, chosen, torch.tensor(starts) == 0)
+    return Windows(torch.from_numpy(np.stack(pictures)), batch, chosen, np.array(starts))
 
 
-def other_episodes(episodes: Int[np.ndarray, " B"], generator: torch.Generator) -> Int[Tensor, " B"]:
-    """For each row another one, of another episode; every row is chosen once. ``ValueError`` if one episode fills over half of them."""
-    by_episode = np.argsort(episodes, kind="stable")
-    most = int(np.unique(episodes, return_counts=True)[1].max())
-    count = len(episodes)
-    if 2 * most > count:
+def other_windows(
+    episodes: Int[np.ndarray, " B"], starts: Int[np.ndarray, " B"], num_steps: int, generator: torch.Generator
+) -> Int[Tensor, " B"] | None:
+    """For each row another one, of another episode; every row is chosen once. ``ValueError`` if one of several episodes fills over half
+    of them.
+
+    Where all are of one episode: a row at least ``num_steps`` latent steps earlier or later in it. None if they lie too close for that.
+    """
+    count, most = len(episodes), int(np.unique(episodes, return_counts=True)[1].max())
+    if most == count:
+        ring = np.argsort(starts, kind="stable")
+        shift = _widest_shift(starts[ring], num_steps)
+        if shift is None:
+            _log.warning(
+                "no shuffled actions: windows of one episode, nearer than %d steps; take more windows or a shorter horizon", num_steps
+            )
+            return None
+    elif 2 * most > count:
         raise ValueError(f"{most} of {count} windows are of one episode; shuffling actions needs windows of several held-out episodes")
-    shift = int(torch.randint(most, count - most + 1, (), generator=generator))  # rows of one episode stand together in the sorted ring
+    else:
+        ring = np.argsort(episodes, kind="stable")  # rows of one episode stand together
+        shift = int(torch.randint(most, count - most + 1, (), generator=generator))
     other = np.empty(count, np.int64)
-    other[by_episode] = np.roll(by_episode, shift)
+    other[ring] = np.roll(ring, shift)
     return torch.from_numpy(other)
+
+
+def _widest_shift(places: Int[np.ndarray, " B"], apart: int) -> int | None:
+    """By how many rows to turn the ring of ``places`` so that those that meet are as far apart as can be; None if that is not at least
+    ``apart``."""
+    distances = [int(np.abs(places - np.roll(places, shift)).min()) for shift in range(len(places))]
+    widest = int(np.argmax(distances))
+    return widest if distances[widest] >= apart else None
 
 
 @torch.no_grad()
@@ -125,15 +156,16 @@ def decode(
 def predict(agent: Agent, tokenizer: Tokenizer, sampler: Sampler, windows: Windows, context: int, seed: int) -> dict[str, Tensor]:
     """Whole clips by name (uint8, B F C H W); all but the reconstruction show the same context.
 
-    Shuffled: the actions after the context are those of another episode (left out where there is only one episode); both dreams
-    start from the same noise.
+    Shuffled: the actions after the context are those of another window, as ``other_windows`` chooses it (left out where it finds none);
+    both dreams start from the same noise.
     """
     batch, is_start = windows.batch, windows.is_start
     first = 1 + tokenizer.temporal_stride * (context - 1)  # frames of the context
     horizon = windows.frames.shape[1] - first
     clips = {TRUE_ACTIONS: dream(sampler, tokenizer, batch, is_start, context, batch.prev_actions, batch.prev_action_mask, seed)}
-    if len(np.unique(windows.episodes)) > 1:
-        other = other_episodes(windows.episodes, torch.Generator().manual_seed(seed))
+    num_dreamed = batch.latents.shape[1] - context
+    other = other_windows(windows.episodes, windows.starts, num_dreamed, torch.Generator().manual_seed(seed))
+    if other is not None:
         actions, known = batch.prev_actions.clone(), batch.prev_action_mask.clone()
         actions[:, context:], known[:, context:] = actions[other, context:], known[other, context:]
         clips[SHUFFLED_ACTIONS] = dream(sampler, tokenizer, batch, is_start, context, actions, known, seed)

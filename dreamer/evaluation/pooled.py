@@ -45,9 +45,11 @@ class Figure:
         }
 
 
-def pool_world_models(results: Sequence[WorldModelResult]) -> dict[str, dict[str, Figure]]:
+def pool_world_models(results: Sequence[WorldModelResult], own_episodes: bool = True) -> dict[str, dict[str, Figure]]:
     """``{"psnr": {name: dB}, "ssim": {name: ...}, "psnr_gap": {name: dB by which true actions lie above it}}``.
 
+    own_episodes: False where all runs were scored on the same recordings. Their errors on one episode are not independent, so the pooled
+    figures then have no interval.
     Raises ``ValueError`` for results that were measured differently.
     """
     first = results[0]
@@ -62,13 +64,17 @@ def pool_world_models(results: Sequence[WorldModelResult]) -> dict[str, dict[str
             )
     sums = {name: np.concatenate([np.asarray(result.episode_sums[name]) for result in results]) for name in first.scores}
     runs = {name: [result.scores[name] for result in results] for name in first.scores}
+
+    def pooled(contributions: np.ndarray, statistic: Any) -> Interval:
+        return bootstrap_interval(contributions if own_episodes else contributions.sum(0, keepdims=True), statistic)
+
     gaps = {}
     for name in first.psnr_gaps:
         both = np.column_stack([sums[TRUE_ACTIONS][:, 0], sums[name][:, [0, 2]]])
-        gaps[name] = Figure(bootstrap_interval(both, psnr_difference), tuple(result.psnr_gaps[name] for result in results))
+        gaps[name] = Figure(pooled(both, psnr_difference), tuple(result.psnr_gaps[name] for result in results))
     return {
-        "psnr": {n: Figure(bootstrap_interval(sums[n][:, [0, 2]], psnr_of_mean), tuple(s.psnr for s in runs[n])) for n in runs},
-        "ssim": {n: Figure(bootstrap_interval(sums[n][:, [1, 2]], mean_of_sums), tuple(s.ssim for s in runs[n])) for n in runs},
+        "psnr": {n: Figure(pooled(sums[n][:, [0, 2]], psnr_of_mean), tuple(s.psnr for s in runs[n])) for n in runs},
+        "ssim": {n: Figure(pooled(sums[n][:, [1, 2]], mean_of_sums), tuple(s.ssim for s in runs[n])) for n in runs},
         "psnr_gap": gaps,
     }
 

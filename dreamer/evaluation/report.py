@@ -167,7 +167,7 @@ def _world_model_cards(data: ReportData) -> list[KeyFigure]:
     if data.world_model is None:
         return []
     result = data.world_model
-    names = {SHUFFLED_ACTIONS: "above the same dream with another episode’s actions", COPY_LAST_FRAME: "above repeating the last frame"}
+    names = {SHUFFLED_ACTIONS: "above the same dream with other recorded actions", COPY_LAST_FRAME: "above repeating the last frame"}
     note = f"{result.num_episodes} held-out episodes, {result.horizon} steps ahead"
     return [
         KeyFigure(

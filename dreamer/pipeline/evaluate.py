@@ -15,13 +15,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dreamer.data import EpisodeStore, LatentStore
+from dreamer.data.pretokenized_dataset import Ids
 from dreamer.envs import make_env, make_player
 from dreamer.envs.seeding import player_rng
 from dreamer.evaluation.agent import AgentResult, BatchPolicy, PlayerPolicy, evaluate_policy
-from dreamer.evaluation.latent_dreams import draw_latent_windows, score_latent_dreams
+from dreamer.evaluation.latent_dreams import LatentResult, draw_latent_windows, score_latent_dreams
 from dreamer.evaluation.media import write_atomic
-from dreamer.evaluation.open_loop import decode, draw_windows, predict, score
+from dreamer.evaluation.open_loop import Windows, decode, draw_windows, predict, score
 from dreamer.evaluation.report import Role
+from dreamer.evaluation.video import WorldModelResult
 from dreamer.imagination import AgentPolicy, Sampler
 from dreamer.imagination.policy import Mode
 from dreamer.pipeline.collect import check_actions, make_any_player
@@ -40,7 +42,8 @@ TRAINED: dict[str, tuple[str, Role]] = {
 
 
 def evaluate_world_model(run: Run) -> bool:
-    """``evaluation/world_model.json`` and ``world_model_clips.safetensors``, with the dynamics of phase 2 (of phase 1, before that).
+    """``evaluation/world_model.json`` and ``world_model_clips.safetensors``, with the dynamics of phase 2 (of phase 1, before that): of
+    held-out episodes, and under ``training`` of training episodes where ``num_training_windows`` asks for them.
 
     Where latents cannot be decoded, or recorded frames are not there: ``evaluation/world_model_latents.json``, errors of latents.
     """
@@ -61,24 +64,23 @@ def evaluate_world_model(run: Run) -> bool:
     clips_path = run.evaluation_path / "world_model_clips.safetensors"
     if _holds(path, inputs, clips_path):
         return False
-    agent = run.agent(phase, latents.tokenizer_fingerprint)
-    windows = draw_windows(
-        store,
-        latents,
-        run.split(len(latents))[1],
-        tokenizer=tokenizer,
-        num_steps=sizes.context + sizes.horizon,
-        num_windows=sizes.num_windows,
-        seed=run.seed("evaluation"),
-    )
-    clips = predict(agent, tokenizer, Sampler(agent.dynamics, config.sampler), windows, sizes.context, run.seed("evaluation"))
-    result = score(windows, clips, context=sizes.context, stride=latents.temporal_stride, fps=store.fps, seed=run.seed("evaluation"))
+    agent, seed = run.agent(phase, latents.tokenizer_fingerprint), run.seed("evaluation")
+
+    def dreams(episodes: Ids, num_windows: int) -> tuple[Windows, dict[str, Tensor], WorldModelResult]:
+        num_steps = sizes.context + sizes.horizon
+        windows = draw_windows(store, latents, episodes, tokenizer=tokenizer, num_steps=num_steps, num_windows=num_windows, seed=seed)
+        clips = predict(agent, tokenizer, Sampler(agent.dynamics, config.sampler), windows, sizes.context, seed)
+        return windows, clips, score(windows, clips, context=sizes.context, stride=latents.temporal_stride, fps=store.fps, seed=seed)
+
+    train_ids, val_ids = run.split(len(latents))
+    windows, clips, result = dreams(val_ids, sizes.num_windows)
+    training = dreams(train_ids, sizes.num_training_windows)[2].to_json() if sizes.num_training_windows else None
     kept = {f"dream/{name}": clip[: sizes.num_clips] for name, clip in clips.items()} | {"truth": windows.frames[: sizes.num_clips]}
     first, is_start = windows.batch.latents[:NUM_RECONSTRUCTIONS, :1], windows.is_start[:NUM_RECONSTRUCTIONS]
     kept["reconstruction/recorded"] = windows.frames[:NUM_RECONSTRUCTIONS, 0]
     kept["reconstruction/decoded"] = decode(tokenizer, first, is_start, run.device)[:, 0]
     _write_clips(clips_path, kept)
-    write_json(path, {"inputs": inputs, "result": result.to_json()})
+    write_json(path, {"inputs": inputs, "result": result.to_json(), "training": training})
     run.save_config()
     return True
 
@@ -88,13 +90,15 @@ def _evaluate_latent_dreams(run: Run, latents: LatentStore, phase: str, inputs: 
     if _holds(path, inputs):
         return False
     sizes, seed = config.world_model, run.seed("evaluation")
-    num_steps = sizes.context + sizes.horizon
-    batch, episodes = draw_latent_windows(
-        latents, run.split(len(latents))[1], num_steps=num_steps, num_windows=sizes.num_windows, seed=seed
-    )
     agent = run.agent(phase, latents.tokenizer_fingerprint)
-    result = score_latent_dreams(Sampler(agent.dynamics, config.sampler), batch, episodes, sizes.context, seed)
-    write_json(path, {"inputs": inputs, "result": result.to_json()})
+
+    def dreams(episodes: Ids, num_windows: int) -> LatentResult:
+        drawn = draw_latent_windows(latents, episodes, num_steps=sizes.context + sizes.horizon, num_windows=num_windows, seed=seed)
+        return score_latent_dreams(Sampler(agent.dynamics, config.sampler), *drawn, sizes.context, seed)
+
+    train_ids, val_ids = run.split(len(latents))
+    training = dreams(train_ids, sizes.num_training_windows).to_json() if sizes.num_training_windows else None
+    write_json(path, {"inputs": inputs, "result": dreams(val_ids, sizes.num_windows).to_json(), "training": training})
     run.save_config()
     return True
 

@@ -69,7 +69,7 @@ def write_run_report(run: Run) -> bool:
             agent_clips=clips,
             reconstructions=reconstructions,
             training_charts=[chart for args in CHARTS if (chart := _chart(run, *args))],
-            key_figures=[*_latent_figures(run), *_memory_figure(spent)],
+            key_figures=[*_latent_figures(run), *_training_figures(run), *_memory_figure(spent)],
             limits=config.report.limits,
             command=run.command,
             seed=config.seed,
@@ -81,15 +81,21 @@ def write_run_report(run: Run) -> bool:
     return True
 
 
-def world_model_result(run: Run) -> WorldModelResult | None:
-    path = run.evaluation_path / "world_model.json"
-    return WorldModelResult.from_json(read_json(path)["result"]) if path.exists() else None
+def world_model_result(run: Run, key: str = "result") -> WorldModelResult | None:
+    """Of held-out episodes, or with the key ``training`` of training episodes, where these were scored."""
+    found = _read(run, "world_model.json", key)
+    return WorldModelResult.from_json(found) if found else None
 
 
-def latent_result(run: Run) -> LatentResult | None:
+def latent_result(run: Run, key: str = "result") -> LatentResult | None:
     """What stands for ``world_model_result`` where dreams were scored in latent space."""
-    path = run.evaluation_path / "world_model_latents.json"
-    return LatentResult.from_json(read_json(path)["result"]) if path.exists() else None
+    found = _read(run, "world_model_latents.json", key)
+    return LatentResult.from_json(found) if found else None
+
+
+def _read(run: Run, name: str, key: str) -> dict[str, Any] | None:
+    path = run.evaluation_path / name
+    return read_json(path).get(key) if path.exists() else None
 
 
 def _latent_figures(run: Run) -> list[KeyFigure]:
@@ -97,6 +103,14 @@ def _latent_figures(run: Run) -> list[KeyFigure]:
         return []
     note = f"mean squared error of dreamed latents over {result.horizon} steps, {result.num_episodes} held-out episodes"
     return [KeyFigure(f"{figure.value:.3f}", f"latent error, {name}", note) for name, figure in result.mse.items()]
+
+
+def _training_figures(run: Run) -> list[KeyFigure]:
+    """Gaps on training episodes, for those on held-out ones to be held against."""
+    if (result := world_model_result(run, "training")) is None:
+        return []
+    note = f"{result.num_episodes} episodes that the model trained on, {result.horizon} steps ahead: what it knows by heart counts here"
+    return [KeyFigure(f"{gap.value:+.1f} dB", f"PSNR above {name}, training episodes", note) for name, gap in result.psnr_gaps.items()]
 
 
 def _memory_figure(spent: dict[str, Any]) -> list[KeyFigure]:

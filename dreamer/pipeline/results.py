@@ -24,6 +24,7 @@ MAY_DIFFER = ("seed", "run_dir")
 
 class WorldModelFile(BaseModel):
     result: WorldModelResult
+    training: WorldModelResult | None = None
 
 
 class Row(BaseModel):
@@ -69,6 +70,7 @@ class Finished:
     path: Path
     config: DreamerConfig
     world_model: WorldModelResult
+    training: WorldModelResult | None  # the same of training episodes, where they were scored
     agents: dict[str, AgentResult]  # by player, such as "agent sampled"; empty without an environment
     labels: dict[str, str]  # of the players, for people
     spent: dict[str, Any]
@@ -88,8 +90,8 @@ class Results:
 
     command: str
     runs: tuple[Finished, ...]
-    figures: dict[str, dict[str, Figure]]  # psnr, ssim, psnr_gap, returns, success, way, differences: by name
-    checks: tuple[Check, ...]
+    figures: dict[str, dict[str, Figure]]  # psnr, ssim, psnr_gap, the same with training_, returns, success, way, differences: by name
+    checks: tuple[Check, ...]  # none without an environment
 
     @property
     def seeds(self) -> list[int]:
@@ -108,7 +110,8 @@ class Results:
                 "windows_a_run": [run.world_model.num_windows for run in self.runs],
                 "held_out_episodes_a_run": [run.world_model.num_episodes for run in self.runs],
                 "played_episodes_a_run": len(evaluated.returns) if evaluated else 0,
-                "intervals": "95 % percentile bootstrap over episodes; pooled: over the episodes of all runs; sd: over runs, n - 1",
+                "intervals": "95 % percentile bootstrap over episodes; pooled: over those of all runs, without an interval where they "
+                "are the same; sd: over runs, n - 1",
             },
             "labels": first.labels,
             "figures": {kind: {name: figure.to_json() for name, figure in group.items()} for kind, group in self.figures.items()},
@@ -127,7 +130,7 @@ class Results:
 
 
 def collect_results(paths: Sequence[Path], command: str = "") -> Results:
-    """The figures of the runs in these folders, and whether they keep the demo's promises.
+    """The figures of the runs in these folders, and, where there is an environment, whether they keep the demo's promises.
 
     Raises ``ValueError`` for no runs, runs that are not finished, that share a seed, or that differ in more than the seed.
     """
@@ -135,9 +138,15 @@ def collect_results(paths: Sequence[Path], command: str = "") -> Results:
         raise ValueError("no runs to take together; give the folder of at least one finished run")
     runs = tuple(read_finished(path) for path in paths)
     _check_comparable(runs)
-    figures = pool_world_models([run.world_model for run in runs])
+    own_episodes = runs[0].config.data.recordings is None  # each run has recorded its own
+    figures = pool_world_models([run.world_model for run in runs], own_episodes)
+    training = [run.training for run in runs if run.training is not None]
+    if len(training) == len(runs):
+        figures |= {f"training_{kind}": group for kind, group in pool_world_models(training, own_episodes).items()}
     if all(run.agents for run in runs):
         figures |= pool_returns([run.agents for run in runs])
+    if runs[0].config.env is None:
+        return Results(command, runs, figures, ())
     machines = [f"{run.spent['hardware']['CPU']}, {run.spent['hardware']['threads']} threads" for run in runs]
     checks = check_targets(figures, [sum(run.seconds.values()) for run in runs], [run.peak_memory_mb for run in runs], machines)
     return Results(command, runs, figures, tuple(checks))
@@ -160,10 +169,12 @@ def read_finished(path: Path) -> Finished:
     keys = [row.role if row.mode is None else f"{row.role} {row.mode}" for row in rows]
     labels = [row.label if row.mode is None else f"{row.label}, {row.mode}" for row in rows]
     spent = _read(evaluation / "run.json", RunFile, "restore it, or make the run again in another run_dir: times are measured only once")
+    dreams = _read(evaluation / "world_model.json", WorldModelFile, f"{remove} world-model {again}")
     return Finished(
         path=path,
         config=config,
-        world_model=_read(evaluation / "world_model.json", WorldModelFile, f"{remove} world-model {again}").result,
+        world_model=dreams.result,
+        training=dreams.training,
         agents={key: row.result for key, row in zip(keys, rows, strict=True)},
         labels=dict(zip(keys, labels, strict=True)),
         spent=spent.model_dump(exclude_unset=True),

@@ -58,6 +58,8 @@ def _head(results: Results) -> list[str]:
 
 
 def _checks(results: Results) -> list[str]:
+    if not results.checks:
+        return []
     count = len(results.runs)
     rows = [
         [c.target, "**met**" if c.is_met else "**NOT met**", c.measured, "" if c.num_runs_met is None else f"{c.num_runs_met} of {count}"]
@@ -75,19 +77,27 @@ def _checks(results: Results) -> list[str]:
 
 
 def _world_model(results: Results) -> list[str]:
-    figures, first = results.figures, results.runs[0].world_model
-    rows = [[f"PSNR, {name}, dB", *_cells(results, figure, 2)] for name, figure in figures["psnr"].items()]
-    rows += [[f"SSIM, {name}", *_cells(results, figure, 3)] for name, figure in figures["ssim"].items()]
-    rows += [[f"PSNR, {TRUE_ACTIONS} above {name}, dB", *_cells(results, figure, 2)] for name, figure in figures["psnr_gap"].items()]
-    episodes = ", ".join(str(run.world_model.num_episodes) for run in results.runs)
+    first, episodes = results.runs[0].world_model, ", ".join(str(run.world_model.num_episodes) for run in results.runs)
+    training = []
+    if "training_psnr" in results.figures:
+        training = ["The same on training episodes, where what was learned by heart counts:", ""]
+        training += _table(_columns(results), _dream_rows(results, "training_"))
     return [
         "## World model",
         "",
         f"{first.horizon} frames open loop after {first.context} recorded ones, on held-out episodes ({episodes}). PSNR is that of the",
-        "mean squared error over everything; *shuffled actions*: those of another episode.",
+        "mean squared error over everything; *shuffled actions*: those of another window.",
         "",
-        *_table(_columns(results), rows),
+        *_table(_columns(results), _dream_rows(results)),
+        *training,
     ]
+
+
+def _dream_rows(results: Results, prefix: str = "") -> list[list[str]]:
+    psnr, ssim, gap = (results.figures[f"{prefix}{kind}"] for kind in ("psnr", "ssim", "psnr_gap"))
+    rows = [[f"PSNR, {name}, dB", *_cells(results, figure, 2)] for name, figure in psnr.items()]
+    rows += [[f"SSIM, {name}", *_cells(results, figure, 3)] for name, figure in ssim.items()]
+    return rows + [[f"PSNR, {TRUE_ACTIONS} above {name}, dB", *_cells(results, figure, 2)] for name, figure in gap.items()]
 
 
 def _agents(results: Results) -> list[str]:

@@ -11,7 +11,7 @@ from dreamer.pipeline.evaluate import evaluate_agent, evaluate_world_model
 from dreamer.pipeline.pretokenize import pretokenize_latents
 from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
-from dreamer.pipeline.train import train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
+from dreamer.pipeline.train import knows_rewards, train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
 
 BEAT = 20.0  # seconds between two notes of the time that a stage has taken so far
 START = "start"  # of Python and PyTorch: no stage, but time that people wait
@@ -62,12 +62,15 @@ def _left_out(run: Run, name: str) -> str | None:
         return "env is null"
     if name in ("record", "tokenizer", "pretokenize") and not run.has_episodes:
         return "data.latents are there"
+    if name in ("phase3", "bc_long") and not knows_rewards(run):
+        return "the recordings hold no rewards to practise for"
     return None
 
 
 def run_all(run: Run, say: Callable[[str], None], began: float | None = None) -> None:
-    """Every stage in order, from recording to report; without an environment nobody plays in it, and with ``data.latents`` there is
-    nothing to record and to encode. ``say`` is told what begins and how long it took.
+    """Every stage in order, from recording to report; without an environment nobody plays in it, without rewards there is nothing to
+    practise for (nor a baseline to hold it against), and with ``data.latents`` there is nothing to record and to encode. ``say`` is
+    told what begins and how long it took.
 
     ``began``: when the process did, on the clock of ``time.monotonic``; what passed since is noted as the stage ``START`` if there is
     anything left to do.

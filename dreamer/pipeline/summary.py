@@ -10,14 +10,15 @@ from dreamer.pipeline.run import Run
 def key_figures(run: Run) -> list[str]:
     """World model, returns, time and memory; what is missing is left out."""
     lines = []
-    if result := world_model_result(run):
-        lines.append(f"world model, {result.horizon} frames open loop on {result.num_episodes} held-out episodes")
-        for name, score in result.scores.items():
-            gap = f", true actions {_interval(result.psnr_gaps[name], 1)} dB better" if name in result.psnr_gaps else ""
-            lines.append(f"  {name:<24} PSNR {_interval(score.psnr, 1)} dB, SSIM {score.ssim.value:.3f}{gap}")
-    if latents := latent_result(run):
-        lines.append(f"world model, {latents.horizon} latent steps open loop on {latents.num_episodes} held-out episodes")
-        lines += [f"  {name:<24} mean squared error {_interval(figure, 3)}" for name, figure in latents.mse.items()]
+    for key, kind in {"result": "held-out", "training": "training"}.items():
+        if result := world_model_result(run, key):
+            lines.append(f"world model, {result.horizon} frames open loop on {result.num_episodes} {kind} episodes")
+            for name, score in result.scores.items():
+                gap = f", true actions {_interval(result.psnr_gaps[name], 1)} dB better" if name in result.psnr_gaps else ""
+                lines.append(f"  {name:<24} PSNR {_interval(score.psnr, 1)} dB, SSIM {score.ssim.value:.3f}{gap}")
+        if latents := latent_result(run, key):
+            lines.append(f"world model, {latents.horizon} latent steps open loop on {latents.num_episodes} {kind} episodes")
+            lines += [f"  {name:<24} mean squared error {_interval(figure, 3)}" for name, figure in latents.mse.items()]
     if rows := agent_rows(run):
         lines.append(f"mean return over {rows[-1].num_episodes} episodes in the real environment")
         for row in rows:

@@ -220,7 +220,7 @@ def train_phase3(run: Run) -> bool:
     agent = run.agent("phase2", latents.tokenizer_fingerprint, run.config.phase2.train.steps)
     phase = Phase3(agent, config.imagination).to(run.device)
     data = _Data(run, latents, config.imagination.rollout.context)
-    if not latents.has_rewards[data.train_ids].any():
+    if not knows_rewards(run):
         raise ValueError(
             f"{latents.path}: no episode's rewards are known, so there is nothing to practise for; phase 3 needs some that are"
         )
@@ -228,6 +228,12 @@ def train_phase3(run: Run) -> bool:
     settings = _settings(run, "phase3", config, latents, weights_fingerprint(run.path / "phase2"))
     info = agent_info(agent, tokenizer_fingerprint=latents.tokenizer_fingerprint, phase="phase3")
     return _train(run, "phase3", phase, config.train, settings, info, data.stream("phase3", config.train.batch_size), hook)
+
+
+def knows_rewards(run: Run) -> bool:
+    """Whether the rewards of any training episode are known: without, nothing can be practised for."""
+    latents = run.latents(None)
+    return bool(latents.has_rewards[run.split(len(latents))[0]].any())
 
 
 def episode_returns(latents: LatentStore) -> Float[np.ndarray, " n"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, episode_from_transitions, pretokenize
 from dreamer.evaluation import open_loop
-from dreamer.evaluation.open_loop import draw_windows, other_episodes, score
+from dreamer.evaluation.open_loop import draw_windows, other_windows, score
 from dreamer.evaluation.video import COPY_LAST_FRAME, RECONSTRUCTION, SHUFFLED_ACTIONS, TRUE_ACTIONS
 from dreamer.imagination import Sampler
 from dreamer.models import Agent
@@ -113,7 +113,7 @@ def test_windows_show_the_same_steps_as_frames_and_latents(stores: tuple[Episode
 
 def test_only_the_given_episodes_are_drawn_from(stores: tuple[EpisodeStore, LatentStore]) -> None:
     assert set(draw_windows(*stores, [1, 3], tokenizer=ONE, num_steps=3, num_windows=7, seed=0).episodes.tolist()) == {1, 3}
-    with pytest.raises(ValueError, match="windows of 10 steps do not fit: the longest held-out episode has 9"):
+    with pytest.raises(ValueError, match="windows of 10 steps do not fit: the longest episode to draw from has 9"):
         draw_windows(*stores, [0, 1], tokenizer=ONE, num_steps=10, num_windows=4, seed=0)
 
 
@@ -121,13 +121,31 @@ def test_only_the_given_episodes_are_drawn_from(stores: tuple[EpisodeStore, Late
 def test_shuffled_actions_come_from_another_episode(seed: int) -> None:
     rng = np.random.default_rng(seed)
     episodes = rng.permutation(np.repeat(rng.choice(50, 6, replace=False), [3, 2, 2, 1, 1, 3]))
-    other = other_episodes(episodes, torch.Generator().manual_seed(seed)).numpy()
-    assert sorted(other) == list(range(12)) and (episodes[other] != episodes).all()
+    other = other_windows(episodes, np.zeros(12, int), 5, torch.Generator().manual_seed(seed))
+    assert other is not None
+    assert sorted(other.tolist()) == list(range(12)) and (episodes[other.numpy()] != episodes).all()
 
 
-def test_shuffling_within_one_episode_is_refused() -> None:
+def test_one_of_several_episodes_with_most_of_the_windows_is_refused() -> None:
     with pytest.raises(ValueError, match="3 of 4 windows are of one episode"):
-        other_episodes(np.array([1, 1, 1, 2]), torch.Generator())
+        other_windows(np.array([1, 1, 1, 2]), np.arange(4), 1, torch.Generator())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_of_one_episode_take_the_actions_of_one_far_away(seed: int) -> None:
+    starts = np.random.default_rng(seed).integers(100, size=16)
+    other = other_windows(np.full(16, 3), starts, 20, torch.Generator())
+    assert other is not None and sorted(other.tolist()) == list(range(16))
+    assert np.abs(starts[other.numpy()] - starts).min() >= 20
+
+
+def test_windows_that_lie_too_close_are_not_shuffled(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the starts 0 2 7 9, the best turn brings 0 to 7, 2 to 9 and back: 7 steps."""
+    episodes, starts = np.full(4, 3), np.array([7, 0, 9, 2])
+    other = other_windows(episodes, starts, 7, torch.Generator())
+    assert other is not None and other.tolist() == [1, 0, 3, 2]
+    assert other_windows(episodes, starts, 8, torch.Generator()) is None
+    assert "no shuffled actions: windows of one episode, nearer than 8 steps" in caplog.text
 
 
 def test_predictions_follow_their_actions(stores: tuple[EpisodeStore, LatentStore]) -> None:
@@ -147,10 +165,15 @@ def test_predictions_follow_their_actions(stores: tuple[EpisodeStore, LatentStor
     assert result.psnr_gaps[SHUFFLED_ACTIONS].value > 10
 
 
-def test_one_held_out_episode_cannot_be_shuffled(stores: tuple[EpisodeStore, LatentStore]) -> None:
-    windows = draw_windows(*stores, [2], tokenizer=ONE, num_steps=5, num_windows=4, seed=0)
+def test_the_windows_of_one_held_out_episode_trade_actions_that_do_not_overlap(stores: tuple[EpisodeStore, LatentStore]) -> None:
+    """Windows of 3 steps of an episode of 12, one of them dreamed: its actions come from another place."""
+    windows = draw_windows(*stores, [2], tokenizer=ONE, num_steps=3, num_windows=6, seed=1)
     fakes = cast(Agent, FakeAgent()), ONE, cast(Sampler, FakeSampler())
-    assert SHUFFLED_ACTIONS not in open_loop.predict(*fakes, windows, 2, seed=0)
+    clips = open_loop.predict(*fakes, windows, 2, seed=0)
+    played, own = (clip[:, 2:, 0, 0, 0].numpy() for clip in (clips[SHUFFLED_ACTIONS], windows.frames))
+    assert len(np.unique(windows.starts)) > 3 and (played != own).all() and sorted(played.ravel()) == sorted(own.ravel())
+    close = draw_windows(*stores, [2], tokenizer=ONE, num_steps=9, num_windows=4, seed=0)  # 7 dreamed steps: always the same ones
+    assert SHUFFLED_ACTIONS not in open_loop.predict(*fakes, close, 2, seed=0)
 
 
 def test_windows_of_a_stride_begin_anywhere_and_show_whole_steps(tmp_path: Path) -> None:
@@ -165,7 +188,7 @@ def test_windows_of_a_stride_begin_anywhere_and_show_whole_steps(tmp_path: Path)
     assert 0 < windows.is_start.sum() < 8
     assert (windows.batch.prev_actions[~windows.is_start, 0, :, 0] == torch.tensor([50.0, 51, 52])).all()  # led to frames 1, 2, 3
     assert torch.equal(open_loop.decode(tokenizer, windows.batch.latents, windows.is_start, torch.device("cpu")), windows.frames)
-    with pytest.raises(ValueError, match="windows of 8 steps do not fit: the longest held-out episode has 7"):
+    with pytest.raises(ValueError, match="windows of 8 steps do not fit: the longest episode to draw from has 7"):
         draw_windows(*stores, [1], tokenizer=tokenizer, num_steps=8, num_windows=8, seed=0)
 
 

@@ -19,7 +19,7 @@ from dreamer.cli import PRESETS, main, train_script
 from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, import_recordings, split_episodes
 from dreamer.models import CosmosTokenizerWrapper
-from dreamer.pipeline import STAGES, Run, run_stage, stages
+from dreamer.pipeline import STAGES, Run, run_all, run_stage, stages
 from dreamer.pipeline.dry_run import dry_run
 from dreamer.pipeline.summary import key_figures
 from dreamer.pipeline.train import episode_returns
@@ -147,6 +147,31 @@ def test_an_own_tokenizer_on_contractor_recordings(write_vpt: Callable[..., Path
     assert run.latents(run.tokenizer()).token_grid == (8, 8)
     with pytest.raises(ValueError, match="no episode's rewards are known, so there is nothing to practise for"):
         run_stage(run, "phase3")
+
+
+def test_two_clips_go_the_whole_way(write_vpt: Callable[..., Path], tmp_path: Path) -> None:
+    """One trains and one is held out: its windows trade their actions. Without rewards, practice and its baseline are left out."""
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        rows = [{"dx": float(dx), "keys": ["w"] if dx % 2 else []} for dx in rng.integers(0, 40, 30)]
+        write_vpt(tmp_path / "vpt" / f"clip_{index}.mp4", rows, size=(64, 96))
+    small = "{width: 16, num_layers: 1, num_heads: 2, num_kv_heads: 1, time_every: 0, mlp_ratio: 1}"
+    shrunk = [f"tokenizer.encoder={small}", f"tokenizer.decoder={small}"]
+    windows = ["evaluation.world_model={context: 2, horizon: 3, num_windows: 8, num_training_windows: 6, num_clips: 1}"]
+    run, said = make_run("vpt_causal_small", words(tmp_path / "run", tmp_path / "vpt", *shrunk, *windows)), []
+    run_all(run, said.append)
+    assert [line.partition("] ")[2] for line in said if "left out" in line] == [
+        "phase3: left out, the recordings hold no rewards to practise for",
+        "bc_long: left out, the recordings hold no rewards to practise for",
+        "evaluate agent: left out, env is null",
+    ]
+    found = read_json(run.evaluation_path / "world_model.json")
+    names = {"true actions", "shuffled actions", "copy last frame", "reconstruction"}
+    for key, count in {"result": 8, "training": 6}.items():
+        assert set(found[key]["scores"]) == names and (found[key]["num_windows"], found[key]["num_episodes"]) == (count, 1)
+    assert found["result"]["episode_sums"] != found["training"]["episode_sums"]
+    told = "\n".join(key_figures(run))
+    assert "on 1 held-out episodes" in told and "on 1 training episodes" in told and "training episodes" in run.report_path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -368,7 +393,8 @@ def test_a_run_on_latents_leaves_out_what_makes_them(tmp_path: Path, pretokenize
     ran: list[str] = []
     for name in STAGES:
         monkeypatch.setitem(STAGES, name, lambda run, name=name: bool(ran.append(name)))
-    run = make_run("minerl_cosmos", [*SMALL, f"run_dir={tmp_path}", f"data.latents={pretokenized}"])
+    size = "cosmos_tokenizer.upsampled_size=[64, 64]"  # that of the fixture
+    run = make_run("minerl_cosmos", [*SMALL, f"run_dir={tmp_path}", f"data.latents={pretokenized}", size])
     stages.run_all(run, lambda text: None)
     assert ran == ["phase1", "phase2", "phase3", "bc_long", "evaluate world-model", "report"]
     monkeypatch.undo()

@@ -84,6 +84,7 @@ def test_without_an_environment_the_whole_way_leaves_out_playing(tmp_path: Path,
     for name in STAGES:
         monkeypatch.setitem(STAGES, name, lambda run, name=name: bool(ran.append(name)))
     monkeypatch.setattr(stages, "check_lengths", lambda run: None)  # nothing was recorded
+    monkeypatch.setattr(stages, "knows_rewards", lambda run: True)
     said: list[str] = []
     stages.run_all(Run(config(tmp_path, env=None, data={"recordings": {"path": tmp_path}})), said.append)
     assert ran == [name for name in STAGES if name != "evaluate agent"]

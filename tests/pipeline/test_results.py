@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,15 +127,34 @@ def test_two_runs_are_not_three(finished: Callable[..., Path]) -> None:
     assert "2 of 2" in markdown(collect_results(paths))
 
 
-def test_without_an_environment_the_agent_is_not_measured(finished: Callable[..., Path], tmp_path: Path) -> None:
+def test_recordings_without_an_environment_are_not_held_to_the_demos_promises(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """The held-out episodes of all runs are the same: a pooled interval would count them three times."""
     own = {"env": None, "data": {"recordings": {"path": tmp_path}}}
-    paths = [finished(seed, changes=own) for seed in range(3)]
+    paths = [finished(seed, error=2 + seed, changes=own) for seed in range(3)]
     for path in paths:
         (path / "evaluation" / "agent.json").unlink()
     results = collect_results(paths)
-    assert [check.measured for check in results.checks].count("not measured") == 6
-    assert "Return in the real" not in markdown(results)
+    assert results.checks == ()
+    pooled = results.figures["psnr"][TRUE_ACTIONS].pooled
+    assert pooled is not None and pooled == Interval(pooled.value)  # no interval
+    assert pooled.value == pytest.approx(10 * math.log10(255**2 / ((4 + 9 + 16) / 3)))
+    own_episodes = collect_results([finished(3), finished(4)]).figures["psnr"][TRUE_ACTIONS].pooled
+    assert own_episodes is not None and own_episodes.low is not None
+    page = markdown(results)
+    assert "Return in the real" not in page and "targets" not in page and "training episodes" not in page
     write_results(results, tmp_path / "out")
+
+
+def test_training_episodes_stand_beside_held_out_ones_where_all_runs_scored_them(finished: Callable[..., Path]) -> None:
+    paths = [finished(0), finished(1)]
+    for path in paths:
+        file = path / "evaluation" / "world_model.json"
+        write_json(file, json.loads(file.read_text()) | {"training": world_model(1, 8)})
+    results = collect_results(paths)
+    assert results.figures["training_psnr"][TRUE_ACTIONS].values == [pytest.approx(20 * math.log10(255))] * 2
+    assert results.figures["psnr"][TRUE_ACTIONS].values == [pytest.approx(20 * math.log10(255 / 2))] * 2
+    assert "The same on training episodes" in markdown(results)
+    assert "training_psnr" not in collect_results([paths[0], finished(2)]).figures
 
 
 @pytest.mark.parametrize(

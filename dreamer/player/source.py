@@ -132,9 +132,10 @@ class DreamSource:
         return [(int(episode), self._place(int(episode), rng, context)) for episode in chosen]
 
     def _place(self, episode: int, rng: np.random.Generator, context: int) -> int:
+        """A step with a past of ``context`` before it, in the first half of what is left: the real one goes on a while."""
         last = self.num_steps(episode) - 1
         earliest = min(context - 1, last)
-        return int(rng.integers(earliest, last + 1)) if decodes_windows(self.tokenizer) else earliest
+        return int(rng.integers(earliest, (earliest + last) // 2 + 1)) if decodes_windows(self.tokenizer) else earliest
 
     def from_picture(self, picture: Picture, kind: Literal["environment", "image"], label: str, env_seed: int | None = None) -> Start:
         """A dream that knows one frame and no past."""

@@ -72,10 +72,11 @@ def gradient_flow(
 
 
 def _untaught(phase: Phase2, batch: Batch) -> tuple[str, ...]:
-    """Heads that find nothing in the batch to learn from: actions or rewards that nobody knows, or a term with the weight 0."""
+    """Heads that find nothing in the batch to learn from: actions or rewards that nobody knows, no episode's end (a trained continue
+    head is so sure then that its gradient rounds to 0), or a term with the weight 0."""
     actions_known, rewards_known = bool((batch.action_mask & batch.is_relevant[:, None, None]).any()), bool(batch.has_rewards.any())
     weights = {"policy": phase.config.policy_weight, "reward": phase.config.reward_weight, "continue_": phase.config.continue_weight}
-    known = {"policy": actions_known, "reward": rewards_known, "continue_": rewards_known}
+    known = {"policy": actions_known, "reward": rewards_known, "continue_": rewards_known and bool(batch.terminals.any())}
     return tuple(part for part, weight in weights.items() if not (weight and known[part]))
 
 

@@ -41,7 +41,7 @@ def batch() -> Batch:
         actions=actions,
         action_mask=known,
         rewards=torch.rand(ROWS, STEPS),
-        terminals=torch.zeros(ROWS, STEPS, dtype=torch.bool),
+        terminals=torch.arange(ROWS * STEPS).view(ROWS, STEPS) == ROWS * STEPS - 1,
         task=torch.zeros(ROWS, dtype=torch.long),
         has_rewards=torch.ones(ROWS, dtype=torch.bool),
         is_relevant=torch.arange(ROWS) < ROWS // 2,
@@ -170,3 +170,13 @@ def test_heads_that_find_nothing_to_learn_from(agent: Agent, batch: Batch) -> No
     assert flows["policy"].reached == flows["reward"].reached == flows["continue_"].reached == 0 and not problems(tuple(flows.values()))
     weightless = Phase2(agent, ShortcutForcingConfig(), AgentLossConfig(policy_weight=0))
     assert {flow.part for flow in gradient_flow(weightless, batch) if flow.expected == "trainable"} == {"policy"}
+
+
+def test_a_continue_head_that_is_sure_of_itself_is_no_fault(agent: Agent, batch: Batch) -> None:
+    """Where no episode ends, it learns to put out certainty, and its gradient rounds to nothing."""
+    nn.init.zeros_(agent.continue_.mlp.out.weight)
+    nn.init.constant_(agent.continue_.mlp.out.bias, 40.0)
+    endless = dataclasses.replace(batch, terminals=torch.zeros_like(batch.terminals))
+    flows = gradient_flow(make(Phase2, agent), endless)
+    (flow,) = (flow for flow in flows if flow.part == "continue_")
+    assert (flow.expected, flow.reached, flow.problem) == ("trainable", 0, "")

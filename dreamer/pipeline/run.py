@@ -100,8 +100,10 @@ class Run:
         return EpisodeStore(self._existing(path, "record"))
 
     def latents(self, tokenizer: Tokenizer | None) -> LatentStore:
-        """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one, if it is known."""
+        """The latents, all episodes of them. Raises ``ValueError`` if they were made with other ``data.actions``, or by another tokenizer
+        than this one, if it is known."""
         store = LatentStore(self._existing(self.latents_path, "pretokenize")) if self.has_episodes else self._foreign_latents()
+        store.check_actions(self.config.data.actions)
         if tokenizer is not None:
             store.check_tokenizer(tokenizer.fingerprint())
         if self.has_episodes and len(store) != len(self.episodes()):

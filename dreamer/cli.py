@@ -146,7 +146,9 @@ def _add_pretokenize(own: Parser) -> None:
     free.add_argument("--shard", metavar="I/N", help="do part I of N, counted from 0 (default: RANK and WORLD_SIZE of torchrun, if set)")
     free.add_argument("--strict", action="store_true", help="stop at the first recording that cannot be read")
     free.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: device of the settings")
-    free.add_argument("--actions", choices=("all", "linspace"), help="of the frames of a latent step, or one a step (default: all)")
+    free.add_argument(
+        "--actions", choices=("all", "linspace"), help="of a latent step's frames, or one a step (default: data.actions of the settings)"
+    )
     free.add_argument("--dtype", choices=("float32", "float16"), help="of the latents (default: float16)")
     free.add_argument("--batch-frames", type=int, metavar="N", help="of an episode, encoded at once (default: 121)")
     free.add_argument("--batch-episodes", type=int, metavar="N", help="encoded side by side (default: 1)")
@@ -210,6 +212,7 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
         arguments.default_preset = MINECRAFT
         config = _load(arguments)
         tokenizer = open_tokenizer(config, own_device(arguments.device or config.device))
+        given.setdefault("actions", config.data.actions)
     store = pretokenize_path(arguments.data_path, arguments.output_path, tokenizer, **given)
     print(f"{store.path}: {len(store)} episodes with {store.lengths.sum()} latent steps, {len(store.quarantine)} recordings left out")
     if store.quarantine:
@@ -323,9 +326,11 @@ def _show_config(arguments: argparse.Namespace, command: str) -> int:
 
 def _import(arguments: argparse.Namespace, command: str) -> int:
     from dreamer.data import import_recordings
+    from dreamer.pipeline.collect import ProgressBar
     from dreamer.yaml_config import parse_options
 
-    report = import_recordings(arguments.path, arguments.out, arguments.reader, options=parse_options(arguments.option))
+    with ProgressBar("import") as bar:
+        report = import_recordings(arguments.path, arguments.out, arguments.reader, options=parse_options(arguments.option), progress=bar)
     known = f", {report.num_known} were there already" if report.num_known else ""
     print(f"{report.path}: {report.num_episodes} episodes with {report.num_frames} frames added{known}")
     for skipped in report.skipped:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from av.error import FFmpegError
+
+# What a recording itself can cause: a file that is missing, of another kind or badly named, and places beyond its end.
+_OWN_FAULTS = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EOVERFLOW}
+# FFmpeg gives the same numbers to files that it cannot make sense of. These alone it has from the machine only.
+_MACHINE_FAULTS = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET}
+
+
+def machine_fault(error: BaseException | None) -> OSError | None:
+    """The ``OSError`` behind ``error`` that tells of the machine, and may pass; None if the content of a file is at fault."""
+    while error is not None:
+        if isinstance(error, OSError):
+            is_own = error.errno not in _MACHINE_FAULTS if isinstance(error, FFmpegError) else error.errno in _OWN_FAULTS
+            if not is_own:
+                return error
+        error = error.__cause__
+    return None
 
 
 @contextmanager

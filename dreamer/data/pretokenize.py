@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32, UInt8
 
 from dreamer.data.alignment import chunk_actions, chunk_rewards, chunk_terminals, linspace_actions, num_latent_steps
-from dreamer.data.files import atomic_file
+from dreamer.data.files import atomic_file, machine_fault
 from dreamer.data.groups import Groups, Source, plan_groups
 from dreamer.data.prefetch import Prefetcher
 from dreamer.data.shards import STORE_FILE
@@ -54,17 +54,18 @@ def pretokenize(
     again if it has grown. The result is the same as without the interruption, byte for byte. shard: (i, n) makes every n-th group from the
     i-th on; n processes with i = 0 .. n - 1 and the same folder share the work, and the last one completes the store.
 
-    What cannot be read is left out and listed in quarantine.json; strict: it is an error. actions: "all" of a latent step's frames, or one
-    a step as ``linspace_actions`` chooses it. batch_frames: at most this many frames of an episode are encoded at once; a tokenizer that
-    streams takes longer ones piece by piece, another one whole. batch_episodes: how many are encoded side by side, the shorter ones
-    filled up. about: JSON values to keep with the latents. progress(done, total) is called after each episode.
+    What is broken is left out and listed in quarantine.json; strict: it is an error. What cannot be read for a reason that may pass (too
+    many open files, a network disk that is away) is never left out: ``OSError``, to run again. actions: "all" of a latent step's frames,
+    or one a step as ``linspace_actions`` chooses it. batch_frames: at most this many frames of an episode are encoded at once; a tokenizer
+    that streams takes longer ones piece by piece, another one whole. batch_episodes: how many are encoded side by side, the shorter
+    ones filled up. about: JSON values to keep with the latents. progress(done, total) is called after each episode.
 
     Raises ``ValueError`` if nothing can be read, if the latents there were made by another tokenizer, with other settings or from other
     episodes, and if the tokenizer's output has another shape than it promises.
     """
     path, (rank, world), sources = Path(path), shard, list(source.sources)
     _check_numbers(tokenizer, rank, world, batch_frames, batch_episodes, shard_episodes, max_episodes)
-    found = _open_found(path, tokenizer)
+    found = _open_found(path, tokenizer, actions)
     used = {"actions": actions, "batch_frames": batch_frames, "batch_episodes": batch_episodes}
     extra = {"frames_per_second": source.fps, "source": source.extra, "pretokenize": used, **(about or {})}
     writer = _open_writer(path, source, tokenizer, actions, dtype, extra)
@@ -115,12 +116,13 @@ def _check_numbers(
         )
 
 
-def _open_found(path: Path, tokenizer: Tokenizer) -> LatentStore | None:
-    """What an earlier call has finished. Raises ``ValueError`` if that was done with another tokenizer."""
+def _open_found(path: Path, tokenizer: Tokenizer, actions: Actions) -> LatentStore | None:
+    """What an earlier call has finished. Raises ``ValueError`` if that was done with another tokenizer or other ``actions``."""
     if not (path / STORE_FILE).exists():
         return None
     found = LatentStore(path, allow_partial=True)
     found.check_tokenizer(tokenizer.fingerprint())
+    found.check_actions(actions)
     return found
 
 
@@ -149,8 +151,8 @@ def _require_readable(source: EpisodeSource, sources: list[Source], tokenizer: T
     first: Exception | None = None
     for place, (name, _) in enumerate(sources):
         try:
-            episode = source.episode(place)
-        except (ValueError, OSError) as error:
+            episode = _episode(source, place, name)
+        except ValueError as error:
             first = first or error
         else:
             return _check_frames(episode, tokenizer, f"{source.path}: {name}")
@@ -169,13 +171,25 @@ def _check_frames(episode: Episode, tokenizer: Tokenizer, where: str) -> None:
 def _read(source: EpisodeSource, place: int, name: str, tokenizer: Tokenizer, strict: bool) -> Episode | str:
     """An episode, or why it is left out."""
     try:
-        episode = source.episode(place)
+        episode = _episode(source, place, name)
         _check_frames(episode, tokenizer, name)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         if strict:
             raise
         return str(error)
     return episode
+
+
+def _episode(source: EpisodeSource, place: int, name: str) -> Episode:
+    """Raises ``ValueError`` if the episode is at fault, ``OSError`` if the machine is: then it must not be left out for good."""
+    try:
+        return source.episode(place)
+    except (ValueError, OSError) as error:
+        if fault := machine_fault(error):
+            raise OSError(
+                f"{source.path}: {name} could not be read now ({fault}), which is no fault of the recording; run again"
+            ) from error
+        raise ValueError(str(error)) from error
 
 
 def _finished(found: LatentStore | None, groups: Groups, strict: bool) -> set[int]:

@@ -63,7 +63,10 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any
     require_disk(path.parent, sum(a.nbytes for a in arrays.values()) + len(text))
     with atomic_file(path, is_new=is_new) as tmp:
         # one key only: safetensors keeps no order among several, and equal shards must be equal bytes
+        tmp.touch()
+        mode = tmp.stat().st_mode  # as the umask wants it; safetensors would make the file for its owner alone
         save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, tmp, {"dreamer": f"{checksum(text.encode()):08x}{text}"})
+        tmp.chmod(mode)
 
 
 class Shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from dreamer.data.importing import reader_facts, recording_name, skipped_by
 from dreamer.data.readers import make_reader
 from dreamer.data.shards import STORE_FILE
 from dreamer.types import ActionSpace, Episode
+
+STAMP_BYTES = 64 << 10  # read at each end of a file
 
 
 @runtime_checkable
@@ -59,7 +62,7 @@ class Recordings:
         self.extra = reader_facts(reader_name, options or {})
         self.skipped = skipped_by(self.reader)
         names = [recording_name(recording, self.path) for recording in self.recordings]
-        self.sources = list(zip(names, _sizes(self.recordings), strict=True))
+        self.sources = list(zip(names, _stamps(self.recordings), strict=True))
 
     def episode(self, index: int) -> Episode:
         """Errors name files by their place below ``path``, so that they read the same wherever that is."""
@@ -73,19 +76,29 @@ class Recordings:
         return episode
 
 
-def _sizes(recordings: Sequence[Path]) -> list[str]:
-    """The sizes of the files of each recording: of those in its folder, or of those with its name. A repaired file has another size."""
-    listed: dict[Path, dict[str, list[str]]] = {}
+def _stamps(recordings: Sequence[Path]) -> list[str]:
+    """The files of each recording, those in its folder or those with its name, each with what shows that it was changed."""
+    listed: dict[Path, dict[str, list[Path]]] = {}
 
-    def files(folder: Path) -> dict[str, list[str]]:
+    def files(folder: Path) -> dict[str, list[Path]]:
         if folder not in listed:
             listed[folder] = {}
-            for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if entry.is_file():
-                    listed[folder].setdefault(Path(entry.name).stem, []).append(f"{entry.name} {entry.stat().st_size}")
+            for file in sorted(folder.iterdir()):
+                if file.is_file():
+                    listed[folder].setdefault(file.stem, []).append(file)
         return listed[folder]
 
-    def own(recording: Path) -> list[str]:
+    def own(recording: Path) -> list[Path]:
         return sum(files(recording).values(), []) if recording.is_dir() else files(recording.parent).get(recording.stem, [])
 
-    return [", ".join(own(recording)) for recording in recordings]
+    return [", ".join(f"{file.name} {_stamp(file)}" for file in own(recording)) for recording in recordings]
+
+
+def _stamp(file: Path) -> str:
+    """Size, and hash of the beginning and the end: cheap for thousands of videos. A change in between that keeps the size is missed."""
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(STAMP_BYTES))
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(STAMP_BYTES, size - STAMP_BYTES))
+        digest.update(stream.read(STAMP_BYTES))
+    return f"{size} {digest.hexdigest()[:16]}"

@@ -337,6 +337,15 @@ class LatentStore(ShardedStore):
                 f"{self.path}: latents were made by tokenizer {self.tokenizer_fingerprint}, not by {fingerprint}; pretokenize again"
             )
 
+    def check_actions(self, actions: str) -> None:
+        """Raise ``ValueError`` if the actions here are known to have been chosen in another way (all, linspace)."""
+        made = self.extra.get("pretokenize", {}).get("actions", actions)
+        if made != actions:
+            raise ValueError(
+                f"{self.path}: was made with the actions {made!r}, not {actions!r}; set data.actions={made} (or --actions {made}), or "
+                "pretokenize into another folder"
+            )
+
 
 def _latent_rows(meta: dict[str, Any]) -> Rows:
     columns = ActionSpace.from_json(meta["action_space"]).num_columns

@@ -364,10 +364,13 @@ class CosmosTokenizerWrapper(nn.Module):
         return unfold(values, self.token_grid, self.block)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the settings that latents depend on, and of every weight: the network's as bf16, so that CPU and CUDA agree."""
+        """SHA-256 of all that latents depend on: settings, encoder, projection and statistics. Not the decoder, which may be adapted while
+        the latents stay as they are. The network's weights count as bf16, so that CPU and CUDA agree."""
         settings = self.config.model_dump_json(exclude={"enabled", "checkpoint_path", "trust_torchscript", "checksums"})
         digest = hashlib.sha256(f"{settings} {type(self.network).__name__}".encode())
         for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(("network.decoder.", "network.post_quant_conv.")):
+                continue
             value = tensor.to(torch.bfloat16) if name.startswith("network.") and tensor.is_floating_point() else tensor
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16

@@ -1,4 +1,4 @@
-"""Tensors of a TorchScript archive, read without running anything that is in it.
+"""Tensors and source text of a TorchScript archive, read without running anything that is in it.
 
 ``torch.jit.load`` compiles the code of an archive. Only its tensors are wanted here, and those need no code: an archive is a zip file
 with ``<name>/data.pkl``, a pickle of nested module objects, and the bytes of their tensors in ``<name>/data/0``, ``1``, ... The
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 MAX_PICKLE_BYTES = 1 << 26  # data.pkl holds names and shapes only: some kB
+MAX_CODE_BYTES = 1 << 26  # so does code/
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -51,6 +54,18 @@ def read_torchscript_tensors(path: Path) -> dict[str, Tensor]:
             f"{path}: not a readable TorchScript archive ({_starts_like(path)}{error}); "
             "get the file again, and compare its size with the one on its download page"
         ) from error
+
+
+def read_torchscript_code(path: Path) -> str:
+    """The source text of the archive's modules, one after the other; nothing of it is compiled. Raises ``ValueError`` naming the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = [entry for entry in archive.infolist() if re.fullmatch(r"[^/]+/code/.+\.py", entry.filename)]
+            if sum(entry.file_size for entry in files) > MAX_CODE_BYTES:
+                raise ValueError(f"its code is longer than {MAX_CODE_BYTES} bytes")
+            return "\n".join(archive.read(entry).decode() for entry in files)
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: the code in this TorchScript archive cannot be read ({error}); get the file again") from error
 
 
 def _starts_like(path: Path) -> str:

@@ -15,6 +15,7 @@ import json
 import logging
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamer.models.cosmos_torchscript import read_torchscript_tensors
+from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchscript_tensors
 
 Checksums = Literal["report", "require"]
 REPOSITORIES = ("nvidia/Cosmos-1.0-Tokenizer-CV8x8x8", "nvidia/Cosmos-0.1-Tokenizer-CV8x8x8", "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
@@ -56,7 +57,10 @@ _RENAMES = (
     (r"\.conv3d\.", "."),
 )
 _CONSTANT = re.compile(r"(^|\.)(wavelets|_arange|patch_size_buffer)$")  # of the Haar transform
-_RESAMPLER = re.compile(r"\.(down|up)samplers\.0\.conv[123]\.(weight|bias)$")
+_RESAMPLER = re.compile(r"^(.+\.(?:down|up)samplers\.0)\.(conv[123]\.(?:weight|bias))$")
+_RESAMPLER_TENSORS = {f"conv{n}.{kind}" for n in (1, 2, 3) for kind in ("weight", "bias")}
+_POOLING = re.compile(r"avg_pool3d\(.*?\[(\d+), (\d+), (\d+)\], \[\1, \2, \3\]")  # kernel, and the same stride
+_POOLINGS = Counter({("1", "2", "2"): 1, ("2", "1", "1"): 1})  # in CV8x8x8's encoder; the Haar transform does the other 4x
 
 _log = logging.getLogger(__name__)
 
@@ -123,6 +127,7 @@ def read_weights(path: Path, checksums: Checksums = "report") -> CosmosWeights:
         if twice := tensors.keys() & renamed.keys():
             raise ValueError(f"{script}: holds {min(twice)!r}, which {files.scripts[0].name} holds too; these files do not belong together")
         tensors |= renamed
+        check_compression(script)
     where = " and ".join(str(script) for script in files.scripts)
     architecture = _architecture_of(tensors, where)
     statistics = read_mean_std(path, architecture["latent_channels"])
@@ -147,7 +152,8 @@ def load_network(path: Path, checksums: Checksums = "report") -> nn.Module:
     weights = read_weights(path, checksums)
     network = build_network(weights.architecture)
     own = network.state_dict()
-    tensors = {name: t for name, t in weights.tensors.items() if name in own or not _RESAMPLER.search(name)}  # NVIDIA keeps some unused
+    unused = _unused_resamplers(weights.tensors.keys() - own.keys())
+    tensors = {name: t for name, t in weights.tensors.items() if name not in unused}
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors or name not in own:
             lacks = "lacks" if name not in tensors else "has the unknown"
@@ -174,6 +180,28 @@ def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(name): tensor for name, tensor in tensors.items() if not _CONSTANT.search(name)}
 
 
+def check_compression(script: Path) -> None:
+    """Raise ``ValueError`` if the encoder in ``script`` compresses by other factors than 8 in time and space.
+
+    CV4x8x8 and CV8x16x16 can have tensors of the same names and shapes, and differ in what is done with them: each halving is a
+    convolution beside an average pooling, which stand in the archive's code. That is counted, not run. Code without any pooling (not
+    written by tracing NVIDIA's modules) cannot be judged; the log warns of it. A file without an encoder passes.
+    """
+    if script.name == "decoder.jit":
+        return
+    by_method: dict[str, Counter[tuple[str, ...]]] = {}  # modules that are called twice have forward and forward1
+    for method, body in re.findall(r"def (\w+)\((.*?)(?=\n *def |\Z)", read_torchscript_code(script), re.DOTALL):
+        by_method.setdefault(method, Counter()).update(match.groups() for match in _POOLING.finditer(body))
+    counts = [count for count in by_method.values() if count]
+    if not counts:
+        _log.warning("%s: its code does not show by how much it compresses; make sure that it is CV8x8x8", script)
+    for found in counts:
+        if found == _POOLINGS:
+            continue
+        time, space = 4 * 2 ** found["2", "1", "1"], 4 * 2 ** found["1", "2", "2"]
+        raise ValueError(f"{script}: this network compresses {time}x in time and {space}x in space; expected CV8x8x8: {REPOSITORIES[0]}")
+
+
 def check_checksums(files: CosmosFiles, checksums: Checksums) -> None:
     """Say which of the files are of a release that is known, or with ``require`` raise ``ValueError`` for one that is not."""
     for path in (*files.scripts, files.folder / "mean_std.pt"):
@@ -188,7 +216,7 @@ def check_checksums(files: CosmosFiles, checksums: Checksums) -> None:
                 f"{path}: its MD5 is {found}; {REPOSITORIES[-1]} has {KNOWN_MD5[path.name]}. Get the file again, or set checksums"
             )
         else:
-            _log.info("%s: MD5 %s, not of a release whose checksums are known", path, found)
+            _log.warning("%s: MD5 %s, not of a release whose checksums are known", path, found)
 
 
 def read_mean_std(folder: Path, latent_channels: int) -> dict[str, list[float]] | None:
@@ -262,6 +290,7 @@ def load_scripted(path: Path, device: torch.device | str, checksums: Checksums =
     if len(files.scripts) != 2:
         raise ValueError(f"{path}: running TorchScript needs encoder.jit and decoder.jit")
     check_checksums(files, checksums)
+    check_compression(files.scripts[0])
     try:
         encoder, decoder = (torch.jit.load(script, map_location=device).eval() for script in files.scripts)
     except RuntimeError as error:
@@ -290,6 +319,16 @@ def _published_statistics() -> dict[str, list[float]]:
     """Those of CV8x8x8-1.0: the defaults of diffusers."""
     defaults = inspect.signature(_network_class()).parameters
     return {name: defaults[name].default for name in ("latents_mean", "latents_std")}
+
+
+def _unused_resamplers(names: set[str]) -> set[str]:
+    """Of ``names``, which CV8x8x8 does not use, those that NVIDIA keeps beside it: resamplers with all of their six tensors. One with fewer
+    is at work, in a network that resamples more often."""
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        if match := _RESAMPLER.search(name):
+            parts.setdefault(match[1], set()).add(match[2])
+    return {f"{place}.{tensor}" for place, tensors in parts.items() if tensors == _RESAMPLER_TENSORS for tensor in tensors}
 
 
 def _read_diffusers(path: Path) -> CosmosWeights:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from dreamer.data import EpisodeStore, import_recordings
 from dreamer.data.actions import env_codec
@@ -19,6 +20,7 @@ from dreamer.imagination import AgentPolicy, SamplerConfig
 from dreamer.imagination.policy import Mode
 from dreamer.models import Agent
 from dreamer.pipeline.run import Run
+from dreamer.training.logging import SECONDS_BETWEEN_LINES, ProgressDisplay
 from dreamer.training.models_io import load_agent, load_tokenizer
 from dreamer.training.record import record
 from dreamer.training.settings import EnvConfig
@@ -145,19 +147,27 @@ def _count(path: Path) -> int:
 
 
 class ProgressBar:
-    """A progress bar on a terminal, nothing elsewhere; called with (done, total)."""
+    """``ProgressDisplay`` on stderr for work whose length is known once its first item is done; called with (done, total). Without a
+    terminal, work that takes less than ten seconds prints nothing."""
 
-    def __init__(self, name: str) -> None:
-        console = Console(file=sys.stderr)
-        self._progress = Progress(console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task(name, total=None)
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._clock = name, clock
+        self._began, self._first = clock(), -1
+        self._display: ProgressDisplay | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
+        if self._first < 0:
+            self._first = done - 1
+        if self._display is None:
+            console = Console(file=sys.stderr)
+            if not console.is_terminal and self._clock() - self._began < SECONDS_BETWEEN_LINES:
+                return
+            self._display = ProgressDisplay(self._name, total, self._first, console, self._clock, self._began)
+        self._display.advance(done)
 
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._display is not None:
+            self._display.close()

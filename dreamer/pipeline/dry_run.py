@@ -105,6 +105,8 @@ def find_inputs(run: Run) -> Inputs:
     """Shapes and actions from the latents, where there are some, else from the tokenizer's settings and the recordings."""
     cosmos = run.config.cosmos_tokenizer
     latents = LatentStore(run.latents_path, allow_partial=True) if (run.latents_path / STORE_FILE).exists() else None
+    if latents is not None:
+        latents.check_actions(run.config.data.actions)
     if not run.has_episodes:  # what training would refuse
         run.require_foreign_latents()
         if latents is not None:
@@ -127,7 +129,8 @@ def find_inputs(run: Run) -> Inputs:
             f"latents and actions as in {run.latents_path}",
         )
     told = f"latents as {'cosmos_tokenizer' if cosmos.enabled else 'tokenizer'} says, actions as in {source}"
-    return Inputs(space, tokenizer.token_grid, tokenizer.latent_channels, tokenizer.temporal_stride, frame_shape, tokenizer, told)
+    num_actions = 1 if run.config.data.actions == "linspace" else tokenizer.temporal_stride
+    return Inputs(space, tokenizer.token_grid, tokenizer.latent_channels, num_actions, frame_shape, tokenizer, told)
 
 
 def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:

@@ -60,6 +60,7 @@ def evaluate_world_model(run: Run) -> bool:
     }
     if store is None or tokenizer is None or not tokenizer.can_decode:
         return _evaluate_latent_dreams(run, latents, phase, inputs)
+    inputs["tokenizer"] = weights_fingerprint(run.path / "tokenizer")  # its decoder, which the latents do not depend on
     path = run.evaluation_path / "world_model.json"
     clips_path = run.evaluation_path / "world_model_clips.safetensors"
     if _holds(path, inputs, clips_path):

@@ -36,7 +36,14 @@ def pretokenize_latents(run: Run) -> bool:
     before = None if is_new else LatentStore(run.latents_path, allow_partial=True).source_fingerprint
     with ProgressBar("pretokenize") as bar:
         latents = pretokenize(
-            store, tokenizer, run.latents_path, strict=True, device=run.device, about=describe_tokenizer(tokenizer), progress=bar
+            store,
+            tokenizer,
+            run.latents_path,
+            strict=True,
+            actions=run.config.data.actions,
+            device=run.device,
+            about=describe_tokenizer(tokenizer),
+            progress=bar,
         )
     return latents.source_fingerprint != before
 

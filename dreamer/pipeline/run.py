@@ -101,9 +101,10 @@ class Run:
         return EpisodeStore(self._existing(path, "record"))
 
     def latents(self, tokenizer: Tokenizer | None) -> LatentStore:
-        """The latents, all episodes of them. Raises ``ValueError`` if another tokenizer made them than this one (None: than the weights
-        that the settings name, where these are here)."""
+        """The latents, all episodes of them. Raises ``ValueError`` if they were made with other ``data.actions``, or by another tokenizer
+        than this one (None: than the weights that the settings name, where these are here)."""
         store = LatentStore(self._existing(self.latents_path, "pretokenize")) if self.has_episodes else self._foreign_latents()
+        store.check_actions(self.config.data.actions)
         fingerprint = self._cosmos_fingerprint if tokenizer is None else tokenizer.fingerprint()
         if fingerprint is not None and not (tokenizer is None and store.tokenizer_fingerprint == UNKNOWN_TOKENIZER):
             store.check_tokenizer(fingerprint)
@@ -117,7 +118,7 @@ class Run:
     def _cosmos_fingerprint(self) -> str | None:
         """Of the Cosmos tokenizer that the settings name. None where there is no such folder here, and where phase 0 makes another one."""
         cosmos = self.config.cosmos_tokenizer
-        is_made = cosmos.spatial_mode == "project" or self.config.phase0.cosmos.adapt != "none"
+        is_made = cosmos.spatial_mode == "project" or self.config.phase0.cosmos.adapt == "all"
         if not cosmos.enabled or is_made or not cosmos.checkpoint_path.is_dir():
             return None
         return create_cosmos_tokenizer_from_config(cosmos, self.device).fingerprint()

@@ -58,7 +58,7 @@ class RunLogger:
         _truncate(self.metrics_path, resume_step)
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
         self._writer = _summary_writer(self.run_dir / "tensorboard", resume_step) if tensorboard else None
-        self._progress = _Progress(name, total_steps, resume_step, console or Console(file=sys.stderr), clock)
+        self._progress = ProgressDisplay(name, total_steps, resume_step, console or Console(file=sys.stderr), clock)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One row of numbers. A NaN or an infinity is refused with its key, before anything of the row is written."""
@@ -116,13 +116,16 @@ class RunLogger:
         return self.run_dir / "media" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}_{step:08d}.{suffix}"
 
 
-class _Progress:
-    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds and one at the end."""
+class ProgressDisplay:
+    """A bar with the time left on a terminal; elsewhere a plain line every ten seconds and one at the end. ``began``: what ``clock`` said
+    when the work began (default: now)."""
 
-    def __init__(self, name: str, total_steps: int, first_step: int, console: Console, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, total_steps: int, first_step: int, console: Console, clock: Callable[[], float], began: float | None = None
+    ) -> None:
         self._name, self._total, self._first, self._console, self._clock = name, total_steps, first_step, console, clock
         self._step, self._shown = first_step, ""
-        self._began = self._last_line = clock()
+        self._began = self._last_line = clock() if began is None else began
         self._printed_step: int | None = None
         self._bar: Progress | None = None
         if console.is_terminal:

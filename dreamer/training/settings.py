@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,7 @@ class DataConfig(Config):
     val_fraction: float = Field(default=0.1, gt=0, lt=1)  # of the episodes: held out
     recordings: RecordingsConfig | None = None  # null: record with the players
     latents: Path | None = None  # made by pretokenize_dataset.py: then phases 1 to 3 need no recordings. null: those of the run
+    actions: Literal["all", "linspace"] = "all"  # of a latent step's frames, or one a step; linspace loses the others
     num_val_batches: int = Field(default=4, ge=1)  # looked at in each validation
 
 

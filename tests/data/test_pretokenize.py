@@ -1,12 +1,15 @@
 """Episodes to latents: what comes out, and that it comes out the same whatever happened on the way."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av.error
 import numpy as np
 import pytest
 import torch
@@ -300,6 +303,78 @@ def test_broken_recordings_are_left_out_with_the_reason(write_npy, pixel_tokeniz
     assert latents.latents(1)[0, 0, 0] == 20 and [entry["name"] for entry in latents.quarantine] == list("bef")
 
 
+@pytest.mark.parametrize(
+    ("error", "is_machine"),
+    [
+        (OSError(errno.EIO, "Input/output error"), True),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (PermissionError(errno.EACCES, "Permission denied"), True),
+        (av.error.OSError(errno.EMFILE, "Too many open files"), True),
+        (av.error.TimeoutError(errno.ETIMEDOUT, "Connection timed out"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), False),
+        (OSError("cannot reshape"), False),
+        (av.error.PermissionError(errno.EPERM, "Operation not permitted"), False),  # of streams that make no sense
+        (av.error.OSError(errno.EIO, "Input/output error"), False),
+        (av.error.InvalidDataError(1094995529, "Invalid data"), False),
+        (ValueError("17 frames"), False),
+    ],
+)
+def test_only_the_machines_errors_end_the_work(error, is_machine, write_npy, pixel_tokenizer, tmp_path, monkeypatch):
+    for number, name in enumerate("ab"):
+        write_npy(tmp_path / "in" / name, 5, number)
+    source = Recordings(tmp_path / "in", "npy")
+    read = source.reader.read
+
+    def fail(recording):
+        if recording.name != "b":
+            return read(recording)
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError(f"{recording}: cannot be read") from cause
+
+    monkeypatch.setattr(source.reader, "read", fail)
+    if is_machine:
+        with pytest.raises(OSError, match="b could not be read now .*run again"):
+            pretokenize(source, pixel_tokenizer(), tmp_path / "l")
+        assert not shard_paths(tmp_path / "l")
+    else:
+        assert [entry["name"] for entry in pretokenize(source, pixel_tokenizer(), tmp_path / "l").quarantine] == ["b"]
+
+
+@pytest.mark.parametrize("place", ["start", "end"])
+def test_a_change_that_keeps_the_size_is_seen(write_npy, pixel_tokenizer, tmp_path, place):
+    folder = write_npy(tmp_path / "in" / "a", 3000)  # 144 kB: more than what is read at its ends
+    before = pretokenize(Recordings(tmp_path / "in", "npy"), pixel_tokenizer(), tmp_path / "l").fingerprint()
+    again = pretokenize(Recordings(tmp_path / "in", "npy"), pixel_tokenizer(), tmp_path / "l").fingerprint()
+    frames = np.load(folder / "frames.npy")
+    step = 0 if place == "start" else 2999
+    frames[step, 0, 0, 0] = 77
+    np.save(folder / "frames.npy", frames)
+    latents = pretokenize(Recordings(tmp_path / "in", "npy"), pixel_tokenizer(), tmp_path / "l")
+    assert again == before != latents.fingerprint() and latents.latents(0)[step, 0, 0] == 77
+
+
+def test_shards_may_be_read_by_whom_the_umask_lets(make_store, pixel_tokenizer, tmp_path):
+    store = make_store(LENGTHS)
+    mask = os.umask(0o027)
+    try:
+        pretokenize(store, pixel_tokenizer(), tmp_path / "l")
+    finally:
+        os.umask(mask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "l").iterdir()}
+    assert set(modes.values()) == {0o640} and "shard-000000.safetensors" in modes
+
+
+def test_other_actions_are_refused_in_words(make_store, pixel_tokenizer, tmp_path):
+    store = make_store(LENGTHS)
+    for stride in (1, 3):
+        path = tmp_path / f"l{stride}"
+        pretokenize(store, pixel_tokenizer(stride), path, actions="linspace")
+        with pytest.raises(ValueError, match=f"l{stride}: was made with the actions 'linspace', not 'all'; set data.actions=linspace"):
+            pretokenize(store, pixel_tokenizer(stride), path)
+
+
 def test_a_broken_recording_may_be_moved_away_as_its_reason_says(write_npy, pixel_tokenizer, tmp_path):
     """Then the others go on, and the group that it belongs to is made again as if it were still there."""
     for name, value in zip("abc", (1, 2, 3), strict=True):
@@ -379,7 +454,7 @@ def test_what_does_not_belong_together_is_refused(make_store, pixel_tokenizer, t
         pretokenize(make_store(LENGTHS[::-1], name="reversed"), pixel_tokenizer(), tmp_path / "l")
     with pytest.raises(ValueError, match=r"dtype is 'float32'; cannot append with 'float16'"):
         pretokenize(store, pixel_tokenizer(), tmp_path / "l", dtype="float16")
-    with pytest.raises(ValueError, match="actions_per_step|extra"):
+    with pytest.raises(ValueError, match="was made with the actions 'all', not 'linspace'"):
         pretokenize(store, pixel_tokenizer(), tmp_path / "l", actions="linspace")
     with pytest.raises(ValueError, match="shard_episodes is 32; cannot go on with 8"):
         pretokenize(store, pixel_tokenizer(), tmp_path / "l", shard_episodes=8)

@@ -1,6 +1,8 @@
 import itertools
+import os
 import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,11 +232,20 @@ def test_batches_are_what_the_store_holds(make_latents):
     assert all(value.is_contiguous() for value in vars(batch).values())
 
 
-def test_memory_stays_flat_over_an_epoch(tmp_path, space):
-    """An epoch of a store of 32 MB, with a bound of 8 MB on what Python and NumPy hold at any time."""
+STATM = Path("/proc/self/statm")
+
+
+def private_bytes() -> int:
+    """What the process holds in RAM, PyTorch's tensors among it, without the files that are mapped: those the system may drop."""
+    _, resident, shared, *_ = map(int, STATM.read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def write_large(path, space):
+    """A store of 32 MB, whose windows of 5 steps are 160 MB when all are taken."""
     steps, rng = 125, np.random.default_rng(0)
     with LatentWriter(
-        tmp_path,
+        path,
         action_space=space,
         tokenizer_fingerprint="any",
         token_grid=(16, 16),
@@ -246,6 +257,11 @@ def test_memory_stays_flat_over_an_epoch(tmp_path, space):
             latents = rng.standard_normal((steps, 256, 16), np.float32)
             actions = np.zeros((steps, 1, 4), np.float32)
             writer.add(latents, actions, np.ones((steps, 1), bool), np.zeros(steps, np.float32), np.zeros(steps, bool))
+
+
+def test_memory_stays_flat_over_an_epoch(tmp_path, space):
+    """With a bound of 8 MB on what Python and NumPy hold at any time."""
+    write_large(tmp_path, space)
     loader = create_pretokenized_dataloader(tmp_path, batch_size=8, sequence_length=5, split="all", num_workers=2)
     assert sum(shard.arrays["latents"].nbytes for shard in loader.dataset.store.shards) > 32e6
     tracemalloc.start()
@@ -259,6 +275,27 @@ def test_memory_stays_flat_over_an_epoch(tmp_path, space):
     assert rows == len(loader) * 8 > 1900 and len(peaks) > 10
     assert max(peaks) < 8e6
     assert max(peaks[len(peaks) // 2 :]) < 1.3 * max(peaks[: len(peaks) // 2])
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs Linux's /proc/self/statm")
+def test_the_process_stays_flat_over_an_epoch(tmp_path, space):
+    """PyTorch's memory is not Python's: seen from outside. The first batches fill buffers; from then on less than 24 MB may be added, where
+    batches that were kept would add over 100."""
+    write_large(tmp_path, space)
+    loader = create_pretokenized_dataloader(tmp_path, batch_size=8, sequence_length=5, split="all", num_workers=2)
+
+    def growth(kept: list[Batch] | None) -> int:
+        sizes = []
+        for number, batch in enumerate(loader):
+            if kept is not None:
+                kept.append(batch)
+            if number >= 40:
+                sizes.append(private_bytes())
+        assert len(sizes) > 150
+        return max(sizes) - sizes[0]
+
+    assert growth(None) < 24e6
+    assert growth([]) > 100e6  # such a leak would be seen
 
 
 def test_frame_batches(make_store):

@@ -158,6 +158,15 @@ def test_fingerprint_depends_on_what_latents_depend_on(make_network: Callable[..
     moved = wrap(make_network())
     moved.network.to(torch.bfloat16)  # as on CUDA
     assert moved.fingerprint() == first
+    with torch.no_grad():
+        for part in (moved.network.decoder, moved.network.post_quant_conv):
+            for parameter in part.parameters():
+                parameter.add_(1)
+    assert moved.fingerprint() == first  # decoders change no latents
+    for name in ("latent_mean", "latent_std"):
+        shifted = wrap(network)
+        getattr(shifted, name)[1, 3] += 0.5
+        assert shifted.fingerprint() != first
 
 
 def test_state_and_architecture_make_the_same_tokenizer(network: Any, wrap: Wrap, clip: Clip) -> None:

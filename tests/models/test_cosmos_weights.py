@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -91,10 +92,10 @@ UNUSED = [
 class NvidiaModule(nn.Module):
     """NVIDIA's tree of modules by its names. The network's own layers run on the parameters, which are the same objects."""
 
-    def __init__(self, network: Any, parts: tuple[str, ...], run: Callable[[Any, Tensor], Any]) -> None:
+    def __init__(self, network: Any, parts: tuple[str, ...], run: Callable[[Any, Tensor], Any], more: dict[str, Tensor]) -> None:
         super().__init__()
-        tensors: dict[str, Tensor] = {nvidia_name(own): parameter for own, parameter in network.named_parameters()}
-        tensors |= {name: nn.Parameter(torch.randn(3)) for name in UNUSED}
+        tensors: dict[str, Tensor] = {name: nn.Parameter(torch.randn(3)) for name in UNUSED}
+        tensors |= more | {nvidia_name(own): parameter for own, parameter in network.named_parameters()}
         for patcher in ("encoder.patcher3d", "decoder.unpatcher3d"):
             tensors |= {f"{patcher}.wavelets": torch.full((2,), 0.5**0.5), f"{patcher}._arange": torch.arange(2)}
         tensors["encoder.patcher3d.patch_size_buffer"] = torch.full((1,), 4, dtype=torch.int32)
@@ -119,8 +120,9 @@ class NvidiaModule(nn.Module):
         return self.run(x)
 
 
-def save_torchscript(network: Any, folder: Path, files: tuple[str, ...]) -> None:
-    """NVIDIA's layout: ``encoder.jit`` gives (latent, (zero, zero)), ``autoencoder.jit`` (reconstruction, posteriors, latent)."""
+def save_torchscript(network: Any, folder: Path, files: tuple[str, ...], more: dict[str, Tensor] | None = None) -> None:
+    """NVIDIA's layout: ``encoder.jit`` gives (latent, (zero, zero)), ``autoencoder.jit`` (reconstruction, posteriors, latent). ``more``:
+    tensors that no layer uses."""
     zero = torch.zeros(1)
 
     def run_encoder(net: Any, x: Tensor) -> Any:
@@ -143,7 +145,7 @@ def save_torchscript(network: Any, folder: Path, files: tuple[str, ...]) -> None
     for file in files:
         parts, run, example = kinds[file]
         with torch.no_grad():
-            torch.jit.save(torch.jit.trace(NvidiaModule(network, parts, run).eval(), example, check_trace=False), folder / file)
+            torch.jit.save(torch.jit.trace(NvidiaModule(network, parts, run, more or {}).eval(), example, check_trace=False), folder / file)
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +259,48 @@ def test_a_tensor_too_few_too_many_or_of_another_shape_is_named(
             create_cosmos_tokenizer(tmp_path, **native)
 
 
+@pytest.mark.parametrize(("time", "space"), [(8, 16), (4, 8)])
+@pytest.mark.parametrize("files", [("encoder.jit", "decoder.jit"), ("autoencoder.jit",)])
+def test_other_compression_is_refused_though_names_and_shapes_are_the_same(
+    make_network: Callable[..., Any], network: Any, tmp_path: Path, native: Native, files: tuple[str, ...], time: int, space: int
+) -> None:
+    other = make_network(temporal_compression_ratio=time, spatial_compression_ratio=space)
+    kept = {nvidia_name(name): parameter for name, parameter in network.named_parameters()}  # NVIDIA keeps what it does not use
+    save_torchscript(other, tmp_path, files, kept)
+    loaded = cosmos_weights.read_torchscript_tensors(tmp_path / files[0])
+    assert {name for name in kept if name.startswith("encoder.")} <= loaded.keys()
+    with pytest.raises(ValueError, match=rf"{files[0]}: this network compresses {time}x in time and {space}x in space; expected CV8x8x8"):
+        create_cosmos_tokenizer(tmp_path, **native)
+
+
+def test_resamplers_that_are_at_work_are_not_taken_for_unused(
+    make_network: Callable[..., Any], scripts: Path, monkeypatch: pytest.MonkeyPatch, native: Native
+) -> None:
+    other = {nvidia_name(name): tensor for name, tensor in make_network(spatial_compression_ratio=16).named_parameters()}
+
+    def parts(path: Path) -> dict[str, Tensor]:
+        return {name: t for name, t in other.items() if ("encoder." in name or name.startswith("quant")) == (path.stem == "encoder")}
+
+    monkeypatch.setattr(cosmos_weights, "read_torchscript_tensors", parts)
+    with pytest.raises(ValueError, match=r"has the unknown weight 'decoder.up_blocks.0.upsamplers.0.conv"):
+        create_cosmos_tokenizer(scripts, **native)
+
+
+def test_code_that_does_not_tell_the_compression_is_warned_of(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: Native
+) -> None:
+    create_cosmos_tokenizer(scripts, **native)
+    assert "does not show by how much it compresses" not in caplog.text
+    monkeypatch.setattr(cosmos_weights, "read_torchscript_code", lambda _path: "def forward(self, x): return x")
+    create_cosmos_tokenizer(scripts, **native)
+    pools = "".join(f"    x = torch.avg_pool3d(x, {size}, {size}, [0, 0, 0], False, True, None)\n" for size in ([1, 2, 2], [2, 1, 1]))
+    twice = "".join(f"  def {name}(self, x):\n{pools}    return x\n" for name in ("forward", "forward1"))
+    monkeypatch.setattr(cosmos_weights, "read_torchscript_code", lambda _path: twice)
+    create_cosmos_tokenizer(scripts, **native)  # of a module that is called in two ways
+    assert caplog.text.count("does not show by how much it compresses") == 1
+    assert "encoder.jit: its code does not show by how much it compresses; make sure that it is CV8x8x8" in caplog.text
+
+
 def test_missing_weights_say_where_to_get_them(tmp_path: Path, scripts: Path) -> None:
     with pytest.raises(ValueError) as error:
         create_cosmos_tokenizer(tmp_path / "none")
@@ -298,14 +342,21 @@ def test_damaged_files_are_named(saved: Path, scripts: Path, tmp_path: Path) -> 
         create_cosmos_tokenizer(tmp_path / "script")
 
 
-def test_checksums(scripts: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, native: Native) -> None:
+def test_checksums(scripts: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, native: Native) -> None:
+    create_cosmos_tokenizer(scripts, **native)
+    warned = [record.message for record in caplog.records if "MD5" in record.message and record.levelno == logging.WARNING]
+    assert [re.sub(r"MD5 \w{32}", "MD5 x", text) for text in warned] == [
+        f"{scripts / name}: MD5 x, not of a release whose checksums are known" for name in ("encoder.jit", "decoder.jit", "mean_std.pt")
+    ]
     with pytest.raises(ValueError, match=r"encoder.jit: its MD5 is \w{32}; nvidia/Cosmos-Tokenize1-CV8x8x8-720p has f5834d03645c379b"):
         create_cosmos_tokenizer(scripts, checksums="require")
     with pytest.raises(ValueError, match="no checksum of this file is known"):
         create_cosmos_tokenizer(saved, checksums="require")
     known = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in scripts.iterdir()}
     monkeypatch.setattr(cosmos_weights, "KNOWN_MD5", known)
+    caplog.clear()
     create_cosmos_tokenizer(scripts, checksums="require", **native)
+    assert not caplog.records  # nothing to warn of
 
 
 def test_statistics_that_do_not_fit_are_refused(scripts: Path, tmp_path: Path, native: Native) -> None:

@@ -20,7 +20,7 @@ from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, import_recordings, split_episodes
 from dreamer.models import CosmosTokenizerWrapper
 from dreamer.pipeline import STAGES, Run, run_all, run_stage, stages
-from dreamer.pipeline.dry_run import dry_run
+from dreamer.pipeline.dry_run import dry_run, find_inputs
 from dreamer.pipeline.summary import key_figures
 from dreamer.pipeline.train import episode_returns
 from dreamer.training.checkpoint import read_json
@@ -278,6 +278,45 @@ def test_an_adaptation_goes_on_where_it_stopped_without_the_original_weights(
     assert "val_dream_psnr" in metrics(run, "phase1")
 
 
+def test_the_decoder_alone_adapts_and_the_same_latents_serve_on(recordings: Path, weights: str, tmp_path: Path) -> None:
+    first = make_run("minerl_cosmos_native", words(tmp_path / "first", recordings, weights))
+    go(first, "record", "tokenizer", "pretokenize")
+    adapting = words(tmp_path / "second", recordings, weights, "phase0.cosmos.adapt=decoder")
+    second = make_run("minerl_cosmos_native", adapting)
+    for name in ("episodes", "latents"):
+        shutil.copytree(first.path / name, second.path / name)
+    go(second, "tokenizer")
+    assert run_stage(second, "pretokenize") is False
+    go(second, "phase1", "evaluate world-model")
+    before, after = (run.tokenizer() for run in (first, second))
+    sample = torch.from_numpy(LatentStore(second.latents_path).latents(0, 0, 2).astype(np.float32))[None]
+    assert not torch.equal(before.decode(sample), after.decode(sample))
+    decoder = list(second.path.glob("tokenizer/checkpoints/*/model.safetensors"))[-1]
+    assert run_stage(second, "evaluate world-model") is False
+    shutil.copy(next(first.path.glob("tokenizer/checkpoints/*/model.safetensors")), decoder)
+    assert run_stage(second, "evaluate world-model") is True  # other pictures of the same latents
+
+
+def test_one_action_a_step_is_a_setting(means: Run, tmp_path: Path) -> None:
+    run = copy_of(means, tmp_path / "run")
+    one = Run(run.config.model_copy(update={"data": run.config.data.model_copy(update={"actions": "linspace"})}))
+    said = "latents: was made with the actions 'all', not 'linspace'; set data.actions=all"
+    for stage in ("pretokenize", "phase1"):
+        with pytest.raises(ValueError, match=said):
+            run_stage(one, stage)
+    with pytest.raises(ValueError, match=said):
+        dry_run(one.config, "phase1")
+    shutil.rmtree(one.latents_path)
+    assert find_inputs(one).actions_per_step == 1
+    go(one, "pretokenize", "phase1")
+    store = one.latents(one.tokenizer())
+    assert (store.actions_per_step, store.temporal_stride) == (1, 8)
+    frames = np.linspace(0, 40, 6).astype(int)
+    assert np.array_equal(store.arrays(0)["actions"][:, 0], run.episodes().episode(0).actions[frames])
+    with pytest.raises(ValueError, match="was made with the actions 'linspace', not 'all'; set data.actions=linspace"):
+        run_stage(run, "phase1")
+
+
 def test_missing_weights_end_the_command_with_the_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = tmp_path / "absent"
     command = ["train", "tokenizer", "--config", str(CONFIGS / "minerl_cosmos.yaml"), f"run_dir={tmp_path / 'run'}"]
@@ -381,7 +420,7 @@ def test_latents_that_do_not_fit_are_refused(means: Run, pretokenized: Path, tmp
     same = run(tmp_path / "c", "cosmos_tokenizer.upsampled_size=[64, 64]")
     assert same.latents(same.own_tokenizer()).tokenizer_fingerprint == load_tokenizer(means.path / "tokenizer").fingerprint()
     other = run(tmp_path / "d", "cosmos_tokenizer.upsampled_size=[64, 64]", f"cosmos_tokenizer.checkpoint_path={tmp_path / 'weights'}")
-    small_cosmos(decode_block_out_channels=(8, 12, 16, 24)).save_pretrained(tmp_path / "weights")
+    small_cosmos(encoder_block_out_channels=(8, 12, 16, 24)).save_pretrained(tmp_path / "weights")
     with pytest.raises(ValueError, match="latents were made by tokenizer"):  # by the weights that are named, though none are in the run
         run_stage(other, "phase1")
     go(other, "tokenizer")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -20,6 +22,8 @@ from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, LatentStore, import_recordings, make_reader
 from dreamer.models import CausalTokenizer, CausalTokenizerConfig, TransformerConfig, create_cosmos_tokenizer
 from dreamer.models.cosmos_weights import build_network
+from dreamer.pipeline import collect
+from dreamer.pipeline.collect import ProgressBar
 from dreamer.pipeline.pretokenize import open_source, open_tokenizer, own_share, pretokenize_path
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +118,66 @@ def test_the_verb(tmp_path: Path, config: Path, capsys: Any, caplog: Any, write_
     assert "latents were made by tokenizer" in capsys.readouterr().err
     assert main([*words, "--strict"]) == 2
     assert "clip1.mp4: cannot be decoded" in capsys.readouterr().err
+
+
+def test_the_flag_comes_before_the_setting_of_the_actions(tmp_path: Path, config: Path) -> None:
+    write_npy(tmp_path / "in", "a", 9)
+    words = ["pretokenize", "--data-path", str(tmp_path / "in"), "--config", str(config), "data.actions=linspace"]
+    assert main([*words, "--output-path", str(tmp_path / "setting")]) == 0
+    assert main([*words, "--output-path", str(tmp_path / "flag"), "--actions", "all"]) == 0
+    assert [LatentStore(tmp_path / name).actions_per_step for name in ("setting", "flag")] == [1, 8]
+
+
+def test_too_many_open_files_end_the_command_and_quarantine_nothing(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        write_npy(tmp_path / "in", name, 9)
+    words = ["pretokenize", "--data-path", str(tmp_path / "in"), "--output-path", str(tmp_path / "out"), "--config", str(config)]
+    load, failing = np.load, tmp_path / "in" / "b" / "frames.npy"
+
+    def load_or_fail(file: Any, **options: Any) -> Any:
+        if file == failing:
+            raise OSError(errno.EMFILE, "Too many open files", str(file))
+        return load(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", load_or_fail)
+        assert main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "in: b could not be read now ([Errno 24] Too many open files" in error
+    assert error.endswith("which is no fault of the recording; run again")
+    assert main(words) == 0
+    assert len(LatentStore(tmp_path / "out")) == 3 and json.loads((tmp_path / "out" / "quarantine.json").read_text()) == []
+
+
+def test_lines_tell_where_there_is_no_terminal(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of work that takes its time; short work says nothing."""
+    for name in "ab":
+        write_npy(tmp_path / "in", name, 9)
+    words = ["pretokenize", "--data-path", str(tmp_path / "in"), "--config", str(config), "--output-path"]
+    assert main([*words, str(tmp_path / "short")]) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(collect, "SECONDS_BETWEEN_LINES", 0.0)
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert re.fullmatch(r"pretokenize: 2/2 \(100 %\), 0:00:\d\d passed, 0:00:00 left\n", capsys.readouterr().err)
+    assert main(["import", str(tmp_path / "in"), "--reader", "npy", "--out", str(tmp_path / "episodes")]) == 0
+    assert re.fullmatch(r"import: 2/2 \(100 %\), 0:00:\d\d passed, 0:00:00 left\n", capsys.readouterr().err)
+
+
+def test_a_line_comes_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Six seconds an item, 40 of 60 items done by an earlier call."""
+    now = 0.0
+    with ProgressBar("work", lambda: now) as bar:
+        for done in range(41, 47):
+            now += 6
+            bar(done, 60)
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 42/60 (70 %), 0:00:12 passed, 0:01:48 left",
+        "work: 44/60 (73 %), 0:00:24 passed, 0:01:36 left",
+        "work: 46/60 (77 %), 0:00:36 passed, 0:01:24 left",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_the_decoder_adapts_and_the_latents_stay(make: Callable[..., CosmosToken
     assert torch.equal(loaded.encode(frames), before.encode(frames))
     errors = [(t.decode(t.encode(frames)).float() - frames.float()).square().mean() for t in (before, loaded)]
     assert errors[1] < 0.8 * errors[0]
-    assert loaded.fingerprint() != before.fingerprint()
+    assert loaded.fingerprint() == before.fingerprint()  # as that of the latents
 
 
 def test_the_encoder_learns_more_slowly(make: Callable[..., CosmosTokenizerWrapper], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class WorldModelEnvConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     length: int = Field(default=64, ge=1)  # latent steps after which an episode is cut off
     ending: Literal["sample", "threshold"] = "sample"  # how the continue probability c ends an episode: with 1 - c, or below one half
+    precision: Literal["fp32", "bf16"] = "fp32"  # of dynamics and decoder; bf16: autocast. Features are float32, and heads work in it
 
 
 class WorldModelEnv(gymnasium.Env):
@@ -32,8 +33,9 @@ class WorldModelEnv(gymnasium.Env):
 
     ``contexts``: a row for each start, all its latent steps are shown to the model. ``reset`` draws one (or takes
     ``options={"context": index}``) and gives its last frame; ``step`` dreams one latent step and gives its last frame, the predicted
-    reward, whether the predicted continue ends the episode, and ``info`` with ``value``, ``continue`` and ``frames`` (P H W C), all
-    frames of the step.
+    reward, whether the predicted continue ends the episode, and ``info``. There, after both, ``value``, ``continue`` and ``features``
+    (D), the agent token's output that every head reads: ``agent.policy.now`` of it is what the agent would do here. After ``reset`` also
+    ``context``, after ``step`` also ``frames`` (P H W C), all frames of the step.
 
     A model that takes P > 1 actions a latent step cannot dream its first frame before it knows the last action. So ``step`` takes the P
     actions together, a tuple with one for each frame, as ``action_space`` says: a person plays P frames while giving the next P actions.
@@ -96,10 +98,11 @@ class WorldModelEnv(gymnasium.Env):
         device = self.agent.dynamics.device
         generator = torch.Generator(device).manual_seed(int(self.np_random.integers(2**31)))
         row = self.contexts[index : index + 1].to(device)
-        self._state = self.sampler.start(1, task=row.task, generator=generator)
-        self._decoder = self.tokenizer.new_cache(1, "decoder")
-        features = self.sampler.observe(self._state, row.latents, row.prev_actions, row.prev_action_mask)
-        decoded = decode_windows(self.tokenizer, row.latents, self.is_start[index : index + 1], cache=self._decoder)
+        with self._autocast():
+            self._state = self.sampler.start(1, task=row.task, generator=generator)
+            self._decoder = self.tokenizer.new_cache(1, "decoder")
+            features = self.sampler.observe(self._state, row.latents, row.prev_actions, row.prev_action_mask)
+            decoded = decode_windows(self.tokenizer, row.latents, self.is_start[index : index + 1], cache=self._decoder)
         self._frame = _pictures(decoded)[-1]
         self._num_steps = 0
         return self._frame, self._info(features[:, -1]) | {"context": index}
@@ -108,8 +111,9 @@ class WorldModelEnv(gymnasium.Env):
     def step(self, action: Any) -> tuple[UInt8[np.ndarray, "H W C"], float, bool, bool, dict[str, Any]]:
         if self._num_steps is None:
             raise ValueError("world model: step() needs a running episode; call reset() first")
-        latents, features = self.sampler.imagine(self._state, self._rows(action))
-        frames = _pictures(self.tokenizer.decode(latents.unsqueeze(1), cache=self._decoder))
+        with self._autocast():
+            latents, features = self.sampler.imagine(self._state, self._rows(action))
+            frames = _pictures(self.tokenizer.decode(latents.unsqueeze(1), cache=self._decoder))
         self._frame = frames[-1]
         info = self._info(features) | {"frames": frames}
         limit = self.np_random.random() if self.config.ending == "sample" else 0.5
@@ -131,8 +135,12 @@ class WorldModelEnv(gymnasium.Env):
         rows = np.stack([self.codec.encode(one) for one in actions])
         return torch.from_numpy(rows).unsqueeze(0).to(self.agent.dynamics.device)
 
-    def _info(self, features: Tensor) -> dict[str, Any]:
-        return {"value": float(self.agent.value.mean(features)), "continue": float(self.agent.continue_.mean(features))}
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.agent.dynamics.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _info(self, features: Float[Tensor, "1 D"]) -> dict[str, Any]:
+        value, continues = float(self.agent.value.mean(features)), float(self.agent.continue_.mean(features))
+        return {"value": value, "continue": continues, "features": features[0].cpu().numpy()}
 
 
 def _pictures(frames: UInt8[Tensor, "1 F C H W"]) -> UInt8[np.ndarray, "F H W C"]:

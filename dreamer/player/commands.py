@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+EXTRA = ("starlette", "uvicorn", "websockets")  # packages of the extra play
 
 
 def add_verbs(verbs: Any, browse: Callable[[str], None]) -> None:
@@ -52,12 +55,9 @@ def _open_source(arguments: argparse.Namespace, env: str | None = None) -> Any:
 def _play(arguments: argparse.Namespace, command: str) -> int:
     if not 0 <= arguments.port < 65536:
         raise ValueError(f"--port is {arguments.port}; expected 0 to 65535")
-    try:
-        from dreamer.player.server import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("starlette", "uvicorn", "websockets"):
-            raise
-        raise ValueError(f"dreamer play needs the package {error.name}: pip install 'dreamer4[play]'") from error
+    if missing := [package for package in EXTRA if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"dreamer play needs the package {missing[0]}: pip install 'dreamer4[play]'")
+    from dreamer.player.server import serve
 
     def say(link: str) -> None:
         print(f"play here: {link}\nOnly this machine can open it, and only with the whole link. Ctrl-C ends it.", flush=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,16 +44,6 @@ class Moment:
     real: Picture | None = None
     real_reward: float | None = None
     real_is_over: bool = False
-
-
-class _Dream(WorldModelEnv):
-    """Also keeps the agent token's output: what the policy acts on."""
-
-    features: Tensor
-
-    def _info(self, features: Tensor) -> dict[str, Any]:
-        self.features = features
-        return super()._info(features)
 
 
 @dataclass(frozen=True)
@@ -109,10 +98,11 @@ class DreamSession:
         """Dream on from ``start``, and bring the real environment there if it is beside. A recording ends here."""
         self.is_recording = False
         self.start = start
-        config = WorldModelEnvConfig(sampler=self._sampler_config(self.settings), length=ENDLESS, ending="threshold")
-        agent, tokenizer = self.source.agent, self.source.tokenizer
-        self._dream = _Dream(agent, tokenizer, start.batch, config, is_start=torch.tensor([start.is_start]))
+        source, sampler = self.source, self._sampler_config(self.settings)
+        config = WorldModelEnvConfig(sampler=sampler, length=ENDLESS, ending="threshold", precision=source.precision)
+        self._dream = WorldModelEnv(source.agent, source.tokenizer, start.batch, config, is_start=torch.tensor([start.is_start]))
         picture, info = self._dream.reset(seed=self.settings.seed, options={"context": 0})
+        self._features = self._on_device(info["features"])
         self._generator = torch.Generator(self.source.device).manual_seed(self.settings.seed)
         self._given: list[np.ndarray] = []
         self._plan: np.ndarray | None = None  # the policy's actions of this latent step
@@ -175,7 +165,7 @@ class DreamSession:
             if not self.source.has_policy:
                 raise ValueError(f"{self.source.name}: phase 1 trains no policy; play a checkpoint of phase 2 or 3")
             with torch.no_grad():
-                policy = self.source.agent.policy.now(self._dream.features)
+                policy = self.source.agent.policy.now(self._features)
                 rows = policy.mode() if self.mode == "argmax" else policy.sample(self._generator)
             self._plan = rows[0].cpu().numpy()
         return self._plan[self._place]
@@ -184,12 +174,16 @@ class DreamSession:
         """One latent step: P frames."""
         actions = tuple(self._dream.codec.decode(row) for row in self._given)
         _, reward, self._has_ended, _, info = self._dream.step(actions if self._num_actions > 1 else actions[0])
+        self._features = self._on_device(info["features"])
         value = info["value"] if self.source.has_value else None
         continues = info["continue"] if self.source.has_policy else None
         for place, picture in enumerate(info["frames"]):
             is_last = place == self._stride - 1  # the reward of a step is put on its last frame
             known = (reward if is_last else 0.0) if self.source.has_policy else None
             self._ready.append(Moment(0, picture, value, known, continues, is_over=is_last and self._has_ended))
+
+    def _on_device(self, features: Float[np.ndarray, " D"]) -> Float[Tensor, "1 D"]:
+        return torch.from_numpy(features).to(self.source.device).unsqueeze(0)
 
     def _show(self, dreamt: Moment) -> None:
         now = self.now = dataclasses.replace(dreamt, index=self.now.index + 1, **vars(self._played.popleft()))

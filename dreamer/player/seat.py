@@ -208,6 +208,8 @@ class Seat:
             case protocol.Policy(mode=mode):
                 if mode is not None and not self.source.has_policy:
                     raise ValueError(f"{self.source.name}: phase 1 trains no policy; play a checkpoint of phase 2 or 3")
+                if mode is not None and dream.mode is None:  # who lets the agent play wants to see it play
+                    self.is_paused, self._due = False, time.monotonic()
                 dream.mode = mode
             case protocol.Settings():
                 await self._set(command)

@@ -82,6 +82,13 @@ class DreamSource:
     def device(self) -> torch.device:
         return self.agent.dynamics.device
 
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """That of the phase's training, on a GPU: few processors have products in bf16, and without them it is slower."""
+        config = self.run.config
+        trained = {"phase1": config.phase1, "phase3": config.phase3}.get(self.phase, config.phase2)  # bc_long is phase 2 for longer
+        return trained.train.precision if self.device.type == "cuda" else "fp32"
+
     def num_steps(self, episode: int) -> int:
         """Latent steps of a recorded episode that all their frames are there for."""
         if not 0 <= episode < len(self.latents):
@@ -205,10 +212,10 @@ def open_source(checkpoint: Path, *, env: str | None = None, device: str | None 
     if root is None:
         raise ValueError(f"{checkpoint}: is no run and no part of one (no config.yaml in it or above it); expected such as runs/demo")
     overrides = [f"run_dir={json.dumps(str(root))}"] + ([f"device={device}"] if device else [])
-    run = Run(load_config(DreamerConfig, root / "config.yaml", overrides))
+    run = Run(load_config(DreamerConfig, root / "config.yaml", overrides), words=["--config", str(root / "config.yaml"), *overrides])
     phases = [root / name for name in NEWEST_FIRST if list_checkpoints(root / name)] if folder == root else [folder]
     if not phases:
-        raise ValueError(f"{checkpoint}: holds no trained world model; run first: dreamer train phase1")
+        raise ValueError(f"{checkpoint}: holds no trained world model; run first: {run.command_for('train phase1')}")
     tokenizer = run.own_tokenizer()
     if tokenizer is None or not tokenizer.can_decode:
         raise ValueError(f"{checkpoint}: this run's tokenizer does not decode, so that a dream has no frames; expected one that does")

@@ -56,12 +56,58 @@ def test_same_seed_same_dream(env: WorldModelEnv) -> None:
 def test_the_dream_depends_on_action_and_context(env: WorldModelEnv) -> None:
     first, _ = env.reset(seed=0, options={"context": 0})
     moved, reward, _, _, info = env.step(GO)
-    assert set(info) == {"value", "continue", "frames"} and np.array_equal(info["frames"], moved[None]) and 0 < info["continue"] < 1
+    assert set(info) == {"value", "continue", "features", "frames"}
+    assert np.array_equal(info["frames"], moved[None]) and 0 < info["continue"] < 1
     env.reset(seed=0, options={"context": 0})
     stayed, other_reward, *_ = env.step(STAY)
     assert not np.array_equal(moved, stayed) and reward != other_reward
     elsewhere, info = env.reset(seed=0, options={"context": 2})
     assert info["context"] == 2 and not np.array_equal(first, elsewhere)
+
+
+def test_the_features_are_what_the_heads_read(env: WorldModelEnv) -> None:
+    _, first = env.reset(seed=0, options={"context": 0})
+    _, reward, _, _, info = env.step(GO)
+    assert info["features"].shape == (16,) and info["features"].dtype == np.float32
+    assert not np.array_equal(first["features"], info["features"])
+    features = torch.from_numpy(info["features"])[None]
+    with torch.no_grad():
+        assert float(env.agent.reward.mean(features)) == reward and float(env.agent.value.mean(features)) == info["value"]
+        assert float(env.agent.continue_.mean(features)) == info["continue"]
+    with torch.no_grad():  # after reset, those of the context's last step
+        row = env.contexts[:1]
+        noiseless = [env.sampler.observe(env.sampler.start(1), row.latents, row.prev_actions, row.prev_action_mask)[0, -1] for _ in "ab"]
+    spread = (noiseless[0] - noiseless[1]).norm()
+    assert (torch.from_numpy(first["features"]) - noiseless[0]).norm() < 4 * spread  # the same but for the noise on the context
+
+
+def precisions(env: WorldModelEnv) -> tuple[torch.dtype, torch.dtype]:
+    return env._state.cache.keys[0].dtype, env._decoder.keys[0].dtype
+
+
+def test_bf16_is_close_to_full_precision_and_is_used(make_agent, make_batch) -> None:
+    agent, contexts = make_agent(), make_batch(batch=3, time=4)
+    frames, dtypes = {}, {}
+    for precision in ("fp32", "bf16"):
+        env = build(agent, contexts, precision=precision)
+        out = episode(env, GO, seed=1)
+        frames[precision], dtypes[precision] = np.stack([step[0] for step in out]).astype(int), precisions(env)
+        assert out[-1][4]["features"].dtype == np.float32
+    assert dtypes == {"fp32": (torch.float32,) * 2, "bf16": (torch.bfloat16,) * 2}
+    difference = np.abs(frames["fp32"] - frames["bf16"])
+    assert 0 < difference.mean() < 4
+
+
+@pytest.mark.gpu
+def test_a_dream_on_a_gpu_in_bf16_is_close_to_the_same_in_fp32(make_agent, make_batch) -> None:
+    agent, contexts = make_agent().cuda(), make_batch(batch=3, time=4)
+    frames = {}
+    for precision in ("fp32", "bf16"):
+        env = build(agent, contexts, precision=precision)
+        env.tokenizer.cuda()
+        frames[precision] = np.stack([step[0] for step in episode(env, GO, seed=1)]).astype(int)
+        assert env._state.cache.keys[0].is_cuda
+    assert np.abs(frames["fp32"] - frames["bf16"]).mean() < 4
 
 
 def test_the_first_frame_is_the_end_of_the_recorded_context(env: WorldModelEnv) -> None:

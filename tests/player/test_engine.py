@@ -96,7 +96,7 @@ def test_the_policy_takes_over_and_gives_back(source: DreamSource) -> None:
     session = DreamSession(source, source.recorded(1, 6, 4), DreamSettings(context=4))
     assert not session.tick(LEFT).is_by_policy
     session.mode = "argmax"
-    expected = source.agent.policy.now(session._dream.features).mode()[0, 0].numpy()
+    expected = source.agent.policy.now(session._features).mode()[0, 0].numpy()
     moment = session.tick(LEFT)
     assert moment.is_by_policy and np.array_equal(moment.row, expected)
     session.mode = None
@@ -304,6 +304,6 @@ def test_the_policy_plans_a_whole_step(chunked: Callable[[int], DreamSource]) ->
     start = source.from_picture(np.full((16, 16, 3), 90, np.uint8), "image", "grey")
     session = DreamSession(source, start, DreamSettings(num_steps=2, context=1))
     session.mode = "argmax"
-    plan = source.agent.policy.now(session._dream.features).mode()[0].numpy()
+    plan = source.agent.policy.now(session._features).mode()[0].numpy()
     moments = [session.tick(rows_of(1)[0]) for _ in range(15)]
     assert np.array_equal(np.stack([m.row for m in moments[7:]]), plan)

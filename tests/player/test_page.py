@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import shutil
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,82 +18,10 @@ from PIL import Image
 from dreamer.data import EpisodeStore
 from dreamer.player.source import DreamSource
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
+pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A page, with what tests ask it. Playwright's own functions that evaluate text in the page are what the policy forbids."""
-
-    def __init__(self, context: Any, link: str) -> None:
-        self.page = context.new_page()
-        self.complaints: list[str] = []
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.goto(link)
-        self.until(lambda: self.index >= 1, "the first dreamt frame")
-
-    def until(self, is_it: Callable[[], bool], what: str, seconds: float = 8) -> None:
-        deadline = time.monotonic() + seconds
-        while not is_it():
-            assert time.monotonic() < deadline, f"no {what} in {seconds} s; problem: {self.text('problem')!r}; {self.complaints}"
-            self.page.wait_for_timeout(20)
-
-    @property
-    def index(self) -> int:
-        return int(self.page.locator("body").get_attribute("data-index") or -1)
-
-    def text(self, name: str) -> str:
-        return self.page.locator(f"#{name}").text_content() or ""
-
-    def press(self, key: str) -> None:
-        self.page.keyboard.press(key)
-
-    def picture(self, name: str = "dream") -> np.ndarray:
-        return np.asarray(Image.open(io.BytesIO(self.page.locator(f"#{name}").screenshot())).convert("RGB"))
-
-    def step(self, index: int) -> None:
-        self.press("n")
-        self.until(lambda: self.index == index, f"frame {index}")
-
-    def pause(self) -> None:
-        self.press("p")
-        self.until(lambda: "paused" in self.text("notice"), "pause")
-        self.page.wait_for_timeout(200)  # a frame may still be on its way
-
-    def restart(self) -> None:
-        self.press("r")
-        self.until(lambda: self.index == 0, "restart")
-
-
-@pytest.fixture
-def visit(browser: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Tab]]:
-    contexts, tabs = [], []
-
-    def open_tab(link: str, context: Any = None, **settings: Any) -> Tab:
-        if context is None:
-            contexts.append(context := browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | settings))
-        tabs.append(Tab(context, link))
-        return tabs[-1]
-
-    yield open_tab  # pages close before servers do
-    for context in contexts:
-        context.close()
-    assert [tab.complaints for tab in tabs if tab.complaints] == []
-
-
-def test_the_page_plays_at_the_recordings_rate(visit: Callable[..., Tab], serve: Callable[..., Any], source: DreamSource) -> None:
+def test_the_page_plays_at_the_recordings_rate(visit: Callable[..., Any], serve: Callable[..., Any], source: DreamSource) -> None:
     tab = visit(serve().link)
     assert tab.text("link") == "connected" and tab.text("name") == source.name
     tab.until(lambda: tab.index >= 15, "15 frames")
@@ -106,7 +32,7 @@ def test_the_page_plays_at_the_recordings_rate(visit: Callable[..., Tab], serve:
     assert tab.picture().std() > 5 and np.abs(tab.picture().astype(int) - tab.picture("real")).mean() > 0
 
 
-def test_keys_change_the_dream(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_keys_change_the_dream(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     tab = visit(serve().link)
     tab.pause()
 
@@ -124,7 +50,7 @@ def test_keys_change_the_dream(visit: Callable[..., Tab], serve: Callable[..., A
     assert tab.page.locator("#pad button.on").count() == 0
 
 
-def test_a_key_is_answered_and_the_delay_is_shown(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_a_key_is_answered_and_the_delay_is_shown(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     tab = visit(serve().link)
     for _ in range(3):
         tab.press("e")
@@ -133,7 +59,7 @@ def test_a_key_is_answered_and_the_delay_is_shown(visit: Callable[..., Tab], ser
     assert 0 < int(tab.text("latency").split()[0]) < 1000
 
 
-def test_typing_a_number_is_not_playing(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_typing_a_number_is_not_playing(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     tab = visit(serve().link)
     tab.page.locator("#seed").click()
     tab.press("m")
@@ -148,7 +74,7 @@ def test_typing_a_number_is_not_playing(visit: Callable[..., Tab], serve: Callab
     tab.until(lambda: tab.text("fps") != "–" and float(tab.text("fps")) > 14, "faster clock")
 
 
-def test_the_policy_takes_over_and_gives_back(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_the_policy_takes_over_and_gives_back(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     tab = visit(serve().link)
     tab.press("m")
     tab.until(lambda: tab.text("who") == "agent plays", "hand-over")
@@ -157,7 +83,70 @@ def test_the_policy_takes_over_and_gives_back(visit: Callable[..., Tab], serve: 
     tab.until(lambda: tab.text("who") == "you play", "the way back")
 
 
-def test_a_recording_is_downloaded_and_stored(visit: Callable[..., Tab], serve: Callable[..., Any], source: DreamSource) -> None:
+def test_an_agent_that_is_let_play_ends_the_pause(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
+    tab = visit(serve().link)
+    tab.pause()
+    left = tab.index
+    tab.page.get_by_role("button", name="Let the agent play").click()
+    tab.until(lambda: tab.index >= left + 3, "frames of the agent")
+    assert tab.text("who") == "agent plays" and not tab.page.locator("#notice").is_visible()
+
+
+def test_steps_context_and_seed_make_another_dream(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
+    tab = visit(serve().link)
+    tab.pause()
+    tab.page.locator("#episode").fill("2")
+    tab.page.locator("#place-step").fill("7")
+    tab.page.get_by_role("button", name="Go").click()
+    tab.until(lambda: tab.text("start") == "from episode 2, step 7", "the start")
+
+    def second_frame() -> np.ndarray:
+        tab.page.locator("#dream").click()  # away from what is typed in
+        tab.restart()
+        tab.step(1)
+        tab.step(2)
+        return tab.picture()
+
+    first = second_frame()
+    assert np.array_equal(first, second_frame())
+    for name, value in {"context": "6", "seed": "9"}.items():
+        before = tab.page.locator(f"#{name}").input_value()
+        tab.page.locator(f"#{name}").fill(value)
+        assert not np.array_equal(first, second_frame()), name
+        tab.page.locator(f"#{name}").fill(before)
+    tab.page.locator("#num_steps").select_option("8")
+    assert not np.array_equal(first, second_frame())
+
+
+def test_what_the_model_expects_is_drawn_live(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
+    tab = visit(serve().link)
+    tab.until(lambda: tab.index >= 6, "six frames")
+    signals = tab.page.locator("#signals .signal")
+    names = [signals.nth(i).text_content() for i in range(3)]
+    assert [name.rstrip("-.0123456789–") for name in names] == ["reward", "value", "continue"]
+    tab.pause()
+
+    def drawn() -> list[np.ndarray]:
+        shots = [Image.open(io.BytesIO(signals.nth(i).locator("canvas").screenshot())) for i in range(3)]
+        return [np.asarray(shot.convert("RGB")) for shot in shots]
+
+    before = drawn()
+    numbers = [float(signals.nth(i).locator("b").text_content()) for i in range(3)]
+    assert numbers[2] == 1 and numbers[1] != 0  # made to go on; an untrained value
+    tab.step(tab.index + 1)
+    assert all(not np.array_equal(a, b) for a, b in zip(before, drawn(), strict=True))  # each has grown by a point
+
+
+def test_the_real_environment_can_be_put_away_and_back(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
+    tab = visit(serve().link)
+    tab.page.locator("#beside").uncheck()
+    tab.until(lambda: not tab.page.locator("#real-figure").is_visible(), "a dream alone")
+    tab.page.locator("#beside").check()
+    tab.until(lambda: tab.page.locator("#real-figure").is_visible(), "both")
+    tab.until(lambda: tab.index >= 2, "frames of both")
+
+
+def test_a_recording_is_downloaded_and_stored(visit: Callable[..., Any], serve: Callable[..., Any], source: DreamSource) -> None:
     tab = visit(serve().link)
     tab.pause()
     tab.page.locator("#record").click()
@@ -174,7 +163,7 @@ def test_a_recording_is_downloaded_and_stored(visit: Callable[..., Tab], serve: 
     assert len(EpisodeStore(source.run.path / "played").episode(0)) == 4
 
 
-def test_starts_are_chosen(visit: Callable[..., Tab], serve: Callable[..., Any], tmp_path: Path) -> None:
+def test_starts_are_chosen(visit: Callable[..., Any], serve: Callable[..., Any], tmp_path: Path) -> None:
     tab = visit(serve().link)
     tab.pause()
     tab.page.locator("#offers button").nth(3).click()
@@ -199,7 +188,7 @@ def test_starts_are_chosen(visit: Callable[..., Tab], serve: Callable[..., Any],
     tab.complaints.clear()  # the browser notes that the server said 422
 
 
-def test_two_tabs_play_two_dreams(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_two_tabs_play_two_dreams(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     here = serve()
     one = visit(here.link)
     two = visit(here.link, context=one.page.context)
@@ -253,7 +242,7 @@ class Wire:
         self._listener.close()
 
 
-def test_a_lost_connection_comes_back_to_the_same_dream(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_a_lost_connection_comes_back_to_the_same_dream(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     here = serve()
     wire = Wire(here.host)
     tab = visit(f"http://{wire.host}/#{here.token}")
@@ -273,7 +262,7 @@ def test_a_lost_connection_comes_back_to_the_same_dream(visit: Callable[..., Tab
     wire.close()
 
 
-def test_a_reload_comes_back_to_the_same_dream(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_a_reload_comes_back_to_the_same_dream(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     here = serve()
     tab = visit(here.link)
     tab.pause()
@@ -284,14 +273,14 @@ def test_a_reload_comes_back_to_the_same_dream(visit: Callable[..., Tab], serve:
     assert np.array_equal(tab.picture(), picture) and len(here.player.seats) == 1
 
 
-def test_an_old_link_is_explained(visit: Callable[..., Tab], serve: Callable[..., Any], browser: Any) -> None:
+def test_an_old_link_is_explained(visit: Callable[..., Any], serve: Callable[..., Any], browser: Any) -> None:
     page = browser.new_page()
     page.goto(f"http://{serve().host}/#an-old-token")
     page.get_by_text("is the server running, and this its newest link").wait_for(timeout=8000)
     page.close()
 
 
-def test_a_phone_has_buttons_to_touch(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_a_phone_has_buttons_to_touch(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     tab = visit(serve().link, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     for button in tab.page.get_by_role("button").all():
         if box := button.bounding_box():
@@ -308,7 +297,7 @@ def test_a_phone_has_buttons_to_touch(visit: Callable[..., Tab], serve: Callable
 
 @pytest.mark.slow
 @pytest.mark.skipif("DREAMER_SOAK_SECONDS" not in os.environ, reason="minutes of play; make soak")
-def test_memory_stays_flat_over_a_long_play(visit: Callable[..., Tab], serve: Callable[..., Any]) -> None:
+def test_memory_stays_flat_over_a_long_play(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:
     """Kilobytes of the server's process and of the page's heap, after a first tenth of the time and at the end."""
     tab = visit(serve().link)
     tab.page.locator("#rate").fill("60")

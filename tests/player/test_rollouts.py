@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import av
@@ -109,16 +108,3 @@ def test_bad_words_are_one_line(run_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["dream", str(run_path), "--steps", "2", "--num", "1", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) == 1
-
-
-def test_play_names_what_is_missing(
-    run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["play", str(tmp_path)]) == 2
-    assert "is no run and no part of one" in capsys.readouterr().err
-    assert cli.main(["play", str(run_path), "--port", "99999"]) == 2
-    assert "--port is 99999; expected 0 to 65535" in capsys.readouterr().err
-    monkeypatch.delitem(sys.modules, "dreamer.player.server", raising=False)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert cli.main(["play", str(run_path)]) == 2
-    assert "pip install 'dreamer4[play]'" in capsys.readouterr().err

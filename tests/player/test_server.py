@@ -142,10 +142,15 @@ def test_pause_step_restart_and_hand_over(client: TestClient) -> None:
         page.until(lambda m: m["type"] == "state" and m["start"] == "episode 2, step 5")
         page.say(type="step")
         assert page.until(lambda m: m["type"] == "frame" and m["index"] > 0)["index"] == 1
-        page.say(type="policy", mode="argmax")
+        page.say(type="policy", mode="argmax")  # who lets the agent play wants to see it play
+        page.until(lambda m: m["type"] == "state" and m["policy"] == "argmax" and not m["paused"])
+        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 4)["policy"]
         page.say(type="step")
-        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 2)["policy"]
+        page.until(lambda m: m["type"] == "state" and m["paused"])
+        page.say(type="policy", mode="sampled")  # it played already: still one frame at a time
+        assert page.until(lambda m: m["type"] == "state" and m["policy"] == "sampled")["paused"]
         page.say(type="policy", mode=None)
+        assert page.until(lambda m: m["type"] == "state" and m["policy"] is None)["paused"]
         page.say(type="restart", where="same")
         assert page.until(lambda m: m["type"] == "frame" and m["index"] < 2)["index"] == 0
         page.say(type="restart", where="environment")

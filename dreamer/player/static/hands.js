@@ -69,13 +69,19 @@ export class Hands {
       this.turn[1] += event.movementX * SENSITIVITY;
       this.pending ??= requestAnimationFrame(() => ((this.pending = null), this.tell()));
     };
-    screen.addEventListener("click", () => screen.requestPointerLock?.());
+    addEventListener("keydown", (event) => event.code === "Escape" && document.exitPointerLock()); // where the browser leaves it to the page
+    const isCaught = () => document.pointerLockElement === screen;
+    screen.addEventListener("click", () => isCaught() || screen.requestPointerLock?.()?.catch(() => {})); // pointerlockerror tells the page
+    document.addEventListener("pointerlockchange", () => {
+      if (isCaught()) return;
+      for (const button of this.byMouse.keys()) this.release(`mouse ${button}`); // its going up is not seen any more
+    });
     screen.addEventListener("pointermove", (event) => {
-      if (document.pointerLockElement === screen || (event.pointerType === "touch" && event.buttons)) turned(event);
+      if (isCaught() || (event.pointerType === "touch" && event.buttons)) turned(event);
     });
     for (const name of ["mousedown", "mouseup"]) // every button, also while another one is held
       screen.addEventListener(name, (event) => {
-        if (document.pointerLockElement !== screen || !this.byMouse.has(event.button)) return;
+        if (!isCaught() || !this.byMouse.has(event.button)) return;
         const holder = `mouse ${event.button}`;
         name === "mousedown" ? this.press(holder, this.byMouse.get(event.button)) : this.release(holder);
       });

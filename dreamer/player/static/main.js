@@ -10,7 +10,7 @@ const pens = screens.map((screen) => screen.getContext("2d", { alpha: false, des
 const pressedAt = new Map(); // number of an input -> when its key went down
 const delays = []; // ms from key to drawn frame, the last few
 const drawn = []; // when frames were drawn, the last two seconds
-let hands, state = {}, lines = {}, waiting = null, drawing = false, number = Date.now(), shownPressed = [];
+let hands, controls, state = {}, lines = {}, waiting = null, drawing = false, number = Date.now(), shownPressed = [];
 
 // ---- frames
 
@@ -44,6 +44,7 @@ function show(header, hasReal) {
   for (const [input, at] of pressedAt)
     if (input <= header.input) {
       delays.push(now - at);
+      document.body.dataset.delay = (now - at).toFixed(1); // for who measures from outside
       if (delays.length > 15) delays.shift();
       pressedAt.delete(input);
     }
@@ -54,6 +55,8 @@ function show(header, hasReal) {
   for (const [name, line] of Object.entries(lines)) line.push(header[name]);
   $("real-figure").hidden = !hasReal;
   $("real-state").textContent = header.real_over ? "episode over" : "";
+  $("turn").textContent = header.camera ?? "";
+  $("turn").hidden = !header.camera || header.camera === "still";
   if (header.policy) hands.show(header.buttons);
   else if (!state.policy) hands.show(shownPressed);
   document.body.dataset.frame = header.frame;
@@ -78,9 +81,8 @@ const link = new Link({
     $("context").max = message.most_context;
     $("policy").disabled = !message.has.policy;
     $("beside-label").hidden = $("environment").hidden = !message.has.env;
-    $("hint").textContent = message.controls.has_camera
-      ? "Click the dream to turn with the mouse; Escape lets go. Arrow keys turn, too."
-      : message.controls.has_idle ? "" : "Nothing moves until you press a key: here every action does something.";
+    controls = message.controls;
+    hint();
   },
 
   state(message) {
@@ -92,7 +94,7 @@ const link = new Link({
     $("who").textContent = message.policy ? "agent plays" : "you play";
     $("who").classList.toggle("agent", !!message.policy);
     $("start").textContent = `from ${message.start}`;
-    notice(message.over ? "The model says that the episode ends here. R starts again." : message.paused ? "paused" : "");
+    notice(message.over ? "The model says that the episode ends here. R starts again." : message.paused ? "paused: Play goes on, Step is one frame" : "");
     for (const [id, value] of Object.entries({ num_steps: settings.num_steps, context: settings.context, seed: settings.seed, rate: settings.fps }))
       if (document.activeElement !== $(id)) $(id).value = value;
     if (message.policy) $("mode").value = message.policy;
@@ -125,6 +127,16 @@ function setPressed(id, value, text) {
   $(id).setAttribute("aria-pressed", value);
   $(id).firstElementChild.textContent = text;
 }
+
+function hint() {
+  const free = matchMedia("(pointer: coarse)").matches ? "Drag over the dream to turn." : "Click the dream to turn with the mouse. Arrow keys turn, too.";
+  const camera = document.pointerLockElement ? "The mouse turns the camera; Escape lets it go." : free;
+  const keys = controls.has_idle ? "" : "Nothing moves until you press a key: here every action does something.";
+  $("hint").textContent = controls.has_camera ? camera : keys;
+  $("hint").hidden = !$("hint").textContent;
+}
+document.addEventListener("pointerlockchange", hint);
+document.addEventListener("pointerlockerror", () => problem("The browser does not give the mouse away so soon after Escape: click the dream again."));
 
 function notice(text) {
   $("notice").textContent = text;

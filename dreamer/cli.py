@@ -74,6 +74,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
     strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
     if strange:
         parser.error(f"unrecognized argument {strange[0]!r}; settings are given as key=value")
+    for word in getattr(arguments, "overrides", ()):
+        if (Path(word) / "config.yaml").is_file():
+            parser.error(f"{word!r} is the folder of a run; to go on with its settings: --config {Path(word) / 'config.yaml'}")
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     return arguments
@@ -197,7 +200,8 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
         others = [name for name in ("data_path", "output_path", "tokenizer", "shard", "device") if getattr(arguments, name)]
         if others := [*others, *given]:
             told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-            raise ValueError(f"got {told} without both --data-path and --output-path; without any of these, a run's episodes are encoded")
+            missing = [f"--{name}" for name in ("data-path", "output-path") if getattr(arguments, name.replace("-", "_")) is None]
+            raise ValueError(f"got {told} without {' and '.join(missing)}; with none of these, a run's episodes are encoded")
         return _stage("pretokenize")(arguments, command)
     from dreamer.pipeline.pretokenize import open_tokenizer, own_device, own_share, pretokenize_path
     from dreamer.training.models_io import load_tokenizer

@@ -60,7 +60,7 @@ def fails(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str
         (["demo", "--preset", "smoke", "--out", "x"], "give --seeds too"),
         (["results", "/no/such/run", "--out", "x"], "/no/such/run: is not the folder of a run"),
         (["record", "env=null"], "nothing to learn from"),
-        (["report", "run_dir=/no/such/run"], "/no/such/run: does not exist"),
+        (["report", "run_dir=/no/such/run"], "/no/such/run: no stage of a run was begun here"),
         (["import", "/no/such", "--reader", "npy", "--out", "x"], "/no/such: does not exist"),
         (["import", "/tmp", "--reader", "telepathy", "--out", "x"], "no reader is called 'telepathy'"),
         (["import", "/tmp", "--reader", "vpt", "--option", "sise=3", "--out", "x"], "the reader 'vpt' has no option 'sise'"),
@@ -119,6 +119,11 @@ def test_the_command_that_is_recommended_can_be_pasted(tmp_path: Path, capsys: p
     assert main(shlex.split(hint)[1:]) == 0 and len(EpisodeStore(tmp_path / "run" / "episodes")) == 2
     line = fails(capsys, "train", "phase1", "--preset", "smoke", *words[2:])
     assert line.endswith(f"run first: dreamer train tokenizer --preset smoke {words[2]} {words[3]}")
+
+
+def test_the_folder_of_a_run_is_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("{}\n")
+    assert f"to go on with its settings: --config {tmp_path / 'config.yaml'}" in fails(capsys, "check", str(tmp_path))
 
 
 @pytest.mark.parametrize("word", ["phase3.imagination.rollout.context=60", "phase1.train.stepz=3"])

@@ -109,7 +109,7 @@ def find_files(path: Path, *, prefer_scripts: bool = False) -> CosmosFiles:
         f"{path}: no weights of the Cosmos tokenizer here; expected config.json with a .safetensors file (also in vae/), or encoder.jit "
         f"with decoder.jit, or autoencoder.jit. Get them once, under the NVIDIA Open Model License, with: "
         f"hf download {REPOSITORIES[0]} --local-dir {path}  (or from {' or '.join(REPOSITORIES[1:])}); without Cosmos, "
-        "train the causal tokenizer instead"
+        "train the causal tokenizer instead, as configs/vpt_causal.yaml does"
     )
 
 

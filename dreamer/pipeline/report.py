@@ -50,9 +50,10 @@ MOST_CLIPS = ("scripted", "bc sampled", "agent sampled", "bc argmax", "agent arg
 
 def write_run_report(run: Run) -> bool:
     """``report.html``, from whatever is there. Made anew each time: it takes a moment."""
-    if not run.path.is_dir():
-        raise ValueError(f"{run.path}: does not exist; there is nothing to report on")
     config, spent = run.config, run.spent()
+    charts = [chart for args in CHARTS if (chart := _chart(run, *args))]
+    if not charts and not spent["stages"]:
+        raise ValueError(f"{run.path}: no stage of a run was begun here; there is nothing to report on")
     world_model, dreams, reconstructions = _world_model(run)
     returns, clips = _agents(run)
     write_report(
@@ -68,7 +69,7 @@ def write_run_report(run: Run) -> bool:
             returns_note=config.report.returns_note,
             agent_clips=clips,
             reconstructions=reconstructions,
-            training_charts=[chart for args in CHARTS if (chart := _chart(run, *args))],
+            training_charts=charts,
             key_figures=[*_latent_figures(run), *_training_figures(run), *_memory_figure(spent)],
             limits=config.report.limits,
             command=run.command,

@@ -90,10 +90,10 @@ def _most(what: str, values: Sequence[float], limit: float, unit: str, note: str
 
 
 def text(figure: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
-    """``3.21 [3.05, 3.40]``."""
+    """``3.21 [3.05, 3.40]``; the value alone where there is no interval."""
     if figure is None:
         return "not defined"
     value = f"{scale * figure.value:.{digits}f}"
     if figure.low is None or figure.high is None:
-        return f"{value} (no interval)"
+        return value
     return f"{value} [{scale * figure.low:.{digits}f}, {scale * figure.high:.{digits}f}]"

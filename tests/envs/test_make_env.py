@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
 
-from dreamer.envs import CrafterChop, GymEnv, MiniGrid, make_env
+from dreamer.envs import ENVS, PLAYERS, CrafterChop, GymEnv, MiniGrid, make_env
 from dreamer.envs.seeding import episode_seed, player_rng
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_documented_names_are_all_there_are() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", (ROOT / "docs/extending.md").read_text(), re.M)
+    assert [name for name, _ in rows] == list(ENVS)
+    for name, players in rows:
+        assert ["random", *re.findall(r"`(\w+)`", players)] == list(PLAYERS.get(name, ["random"]))
 
 
 def test_names_and_ids() -> None:

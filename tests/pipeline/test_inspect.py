@@ -73,6 +73,20 @@ def test_damage_is_a_problem_and_not_the_end(store: EpisodeStore) -> None:
     assert any("shard-000001" in problem and "checksum" in problem for problem in found.problems)
 
 
+def test_noise_of_a_video_does_not_move_a_picture(tmp_path: Path) -> None:
+    frames = np.full((12, 3, 8, 8), 100, np.uint8)
+    frames[1::2, 0, 0, 0] += 4  # encoding noise
+    for name, moving in (("still", 0), ("moving", 1)):
+        frames[1::2, 0, 4, 4] += np.uint8(5 * moving)
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "frames.npy", frames.transpose(0, 2, 3, 1))
+        np.savez(tmp_path / name / "actions.npz", keyboard=np.zeros((11, 8), np.int64), camera=np.zeros(11, np.int64))
+        np.save(tmp_path / name / "rewards.npy", np.zeros(11))
+    found = {name: inspect_path(tmp_path / name) for name in ("still", "moving")}
+    assert found["still"].problems and "11 frames show the same as the one before" in found["still"].notes
+    assert not found["moving"].problems and not found["moving"].notes
+
+
 def test_a_latent_store(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     form = {"token_grid": (2, 1), "latent_channels": 3, "temporal_stride": 2}

@@ -183,8 +183,8 @@ def test_a_line_comes_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--data-path", "x"], "got --data-path without both --data-path and --output-path"),
-        (["--preset", "smoke", "--strict", "--shard", "0/2"], "got --shard, --strict without both"),
+        (["--data-path", "x"], "got --data-path without --output-path; with none"),
+        (["--preset", "smoke", "--strict", "--shard", "0/2"], "got --shard, --strict without --data-path and --output-path"),
         (["--data-path", "/no/such", "--output-path", "y"], "/no/such: does not exist"),
         (["--data-path", "x", "--output-path", "y", "--shard", "2/2"], "--shard is '2/2'; expected i/n with 0 <= i < n"),
         (["--data-path", "x", "--output-path", "y", "--tokenizer", "t", "seed=1"], "--tokenizer and settings are both given"),

@@ -118,6 +118,12 @@ def _parser() -> Parser:
     results.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of finished runs that differ in their seed alone")
     results.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for results.json, README.md and the pictures")
     results.set_defaults(verb=_results)
+    add("doctor", _doctor, "Say what this machine has, and what will and will not run on it.", preset="demo")
+    text = "List and compare the runs in and below some folders."
+    runs = verbs.add_parser("runs", help=text, description=text)
+    runs.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], metavar="DIR", help="default: runs")
+    runs.add_argument("--out", type=Path, metavar="FILE", help="page (HTML) with the settings that differ and all curves")
+    runs.set_defaults(verb=_runs)
     add("config", _show_config, "Print the complete settings as YAML.")
     imports = verbs.add_parser("import", help="Recordings to an episode store.", description="Recordings to an episode store.")
     imports.add_argument("path", type=Path, help="folder or file with recordings")
@@ -316,6 +322,24 @@ def _write_results(paths: Sequence[Path], out: Path, command: str) -> int:
     for check in results.checks:
         print(f"{'met    ' if check.is_met else 'NOT met'}  {check.target}: {check.measured}")
     print(f"results: {out.resolve() / 'README.md'}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.pipeline.doctor import diagnose
+
+    diagnosis = diagnose(_load(arguments))
+    print(diagnosis.text())
+    return 0 if diagnosis.is_well else 1
+
+
+def _runs(arguments: argparse.Namespace, command: str) -> int:
+    from dreamer.pipeline.runs import compare, write_comparison
+
+    comparison = compare(arguments.folders)
+    print(comparison.text())
+    if arguments.out is not None:
+        print(f"written: {write_comparison(comparison, arguments.out, command)}")
     return 0
 
 

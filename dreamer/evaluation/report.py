@@ -111,6 +111,27 @@ class ReportData:
 
 def write_report(path: str | os.PathLike[str], data: ReportData) -> Path:
     """Render ``data`` to ``path``, whole or not at all."""
+    return write_page(
+        path,
+        "report.html.j2",
+        data=data,
+        hero=_hero(data),
+        cards=[*_world_model_cards(data), *_agent_cards(data), *_time_card(data), *data.key_figures],
+        dreams=[_dream_figure(clip, list(clip.dreams), PAGE_WIDTH // 2) for clip in data.dreams],
+        strip=_strip(data.dreams[0]) if data.dreams else None,
+        horizon_charts=[chart_figure(chart) for chart in _horizon_charts(data.world_model)],
+        action_gap=chart_figure(data.action_gap) if data.action_gap else None,
+        returns=_returns_table(data.returns) if data.returns else None,
+        agent_clips=[_agent_figure(clip) for clip in data.agent_clips],
+        reconstructions=_reconstruction_pairs(data.reconstructions) if data.reconstructions else [],
+        training_charts=[chart_figure(chart) for chart in data.training_charts],
+        config_text=json.dumps(data.config, indent=2, default=str, ensure_ascii=False) if data.config else "",
+        total_seconds=sum(data.wall_seconds.values()),
+    )
+
+
+def write_page(path: str | os.PathLike[str], template: str, **values: Any) -> Path:
+    """Render a template of this folder to ``path``, whole or not at all."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -119,22 +140,7 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> Path:
         lstrip_blocks=True,
     )
     environment.filters |= {"duration": duration, "number": number, "interval": interval, "percent": percent}
-    html = environment.get_template("report.html.j2").render(
-        data=data,
-        hero=_hero(data),
-        cards=[*_world_model_cards(data), *_agent_cards(data), *_time_card(data), *data.key_figures],
-        dreams=[_dream_figure(clip, list(clip.dreams), PAGE_WIDTH // 2) for clip in data.dreams],
-        strip=_strip(data.dreams[0]) if data.dreams else None,
-        horizon_charts=[_chart_figure(chart) for chart in _horizon_charts(data.world_model)],
-        action_gap=_chart_figure(data.action_gap) if data.action_gap else None,
-        returns=_returns_table(data.returns) if data.returns else None,
-        agent_clips=[_agent_figure(clip) for clip in data.agent_clips],
-        reconstructions=_reconstruction_pairs(data.reconstructions) if data.reconstructions else [],
-        training_charts=[_chart_figure(chart) for chart in data.training_charts],
-        config_text=json.dumps(data.config, indent=2, default=str, ensure_ascii=False) if data.config else "",
-        total_seconds=sum(data.wall_seconds.values()),
-    )
-    return write_atomic(path, html.encode())
+    return write_atomic(path, environment.get_template(template).render(**values).encode())
 
 
 # Words and numbers
@@ -281,7 +287,8 @@ def _reconstruction_pairs(pairs: Reconstructions) -> list[dict[str, Any]]:
 # Charts and the table of returns
 
 
-def _chart_figure(chart: Chart) -> dict[str, Any]:
+def chart_figure(chart: Chart) -> dict[str, Any]:
+    """What chart.html.j2 draws."""
     legend = [{"label": line.label, "style": style} for line, style in styled_lines(chart)]
     return {"title": chart.title, "caption": chart.caption, "legend": legend, "svg": line_chart(chart), "y_label": chart.y_label}
 

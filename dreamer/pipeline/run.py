@@ -206,7 +206,8 @@ class Run:
     # What was spent.
 
     def spent(self) -> dict[str, Any]:
-        """``evaluation/run.json``: command, hardware, versions, revisions, and by stage the seconds and the peak memory in MB."""
+        """``evaluation/run.json``: command, hardware, versions, revisions, and by stage the seconds, the peak memory in MB and
+        its newest command."""
         path = self.evaluation_path / "run.json"
         return read_json(path) if path.exists() else {"stages": {}}
 
@@ -221,7 +222,8 @@ class Run:
         """Add a stage's time to what was ``spent()`` earlier. Memory is the peak of the process so far. A report does not change who made
         the rest, and with what."""
         before = earlier["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
-        now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": max(before["peak_memory_mb"], peak_memory_mb())}
+        peak = max(before["peak_memory_mb"], peak_memory_mb())
+        now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": peak, "command": self.command}
         made = {"command": self.command, "hardware": hardware(self.device), "versions": versions()}
         if stage == "report":
             made |= {key: earlier[key] for key in made if key in earlier}

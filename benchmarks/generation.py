@@ -25,9 +25,7 @@ CONTEXT, IMAGINED = 16, 16
 
 def make_sampler(device: torch.device, num_steps: int, is_compiled: bool, config: AgentConfig = CONFIG) -> Sampler:
     dynamics = make_agent(device, config).eval().dynamics
-    if is_compiled:
-        dynamics.compile()
-    return Sampler(dynamics, SamplerConfig(num_steps=num_steps))
+    return Sampler(dynamics, SamplerConfig(num_steps=num_steps, compile=is_compiled))
 
 
 def generation(machine: Machine, sampler: Sampler, precision: str, *, rows: int, seconds: float, name: str) -> Figures:

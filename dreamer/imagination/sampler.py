@@ -13,13 +13,14 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from dreamer.models.dynamics import Dynamics
-from dreamer.models.transformer import TimeCache
+from dreamer.models.transformer import TimeCache, compile_passes
 from dreamer.ops import flow
 from dreamer.types import Config
 
 
 class SamplerConfig(Config):
     num_steps: int = Field(default=4, ge=1)  # K: denoising steps a latent step, each of d = 1 / K; a power of two
+    compile: bool = False  # the transformer, by torch.compile: a dream of a minute and more is the faster for it
     context_signal: float = Field(default=0.9, gt=0, lt=1)  # past steps are shown at this signal level (the paper's 0.1 is the noise)
 
     @field_validator("num_steps")
@@ -52,6 +53,8 @@ class Sampler:
         if flow.num_step_sizes(config.num_steps) > flow.num_step_sizes(max_steps):
             raise ValueError(f"sampler.num_steps is {config.num_steps}; the dynamics was trained for at most {max_steps}")
         self.dynamics, self.config = dynamics, config
+        if config.compile:
+            compile_passes(dynamics.transformer)
         self.context_idx = flow.signal_index(config.context_signal, max_steps)
 
     def start(self, batch_size: int, *, task: Int[Tensor, " B"] | None = None, generator: torch.Generator | None = None) -> SamplerState:
@@ -60,7 +63,6 @@ class Sampler:
         task = torch.zeros(batch_size, dtype=torch.long, device=device) if task is None else task
         return SamplerState(self.dynamics.new_cache(batch_size), generator, task)
 
-    @torch.no_grad()
     def observe(
         self,
         state: SamplerState,
@@ -69,6 +71,11 @@ class Sampler:
         prev_action_mask: Bool[Tensor, "B T P"],
     ) -> Float[Tensor, "B T D"]:
         """Take in T clean latent steps; returns the agent token's outputs. T may not exceed the context length."""
+        with torch.inference_mode():
+            features = self._commit(state, latents, prev_actions, prev_action_mask)
+        return features.clone()  # an ordinary tensor, which may be learned on
+
+    def _commit(self, state: SamplerState, latents: Tensor, prev_actions: Tensor, prev_action_mask: Tensor) -> Tensor:
         tau_idx = torch.full(latents.shape[:2], self.context_idx, device=latents.device)
         noise = self._noise(latents, state)
         noisy = flow.add_noise(latents, noise, tau_idx / self.dynamics.config.max_steps)
@@ -77,11 +84,15 @@ class Sampler:
         assert output.features is not None
         return output.features
 
-    @torch.no_grad()
     def imagine(
         self, state: SamplerState, prev_actions: Float[Tensor, "B P A"], prev_action_mask: Bool[Tensor, "B P"] | None = None
     ) -> tuple[Float[Tensor, "B N Z"], Float[Tensor, "B D"]]:
         """The next latent step, which ``prev_actions`` led into, and the agent token's output there."""
+        with torch.inference_mode():
+            latents, features = self._denoise(state, prev_actions, prev_action_mask)
+        return latents[:, 0].clone(), features[:, 0].clone()
+
+    def _denoise(self, state: SamplerState, prev_actions: Tensor, prev_action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = prev_actions.shape[0]
         device, max_steps = prev_actions.device, self.dynamics.config.max_steps
         actions = prev_actions.unsqueeze(1)
@@ -94,8 +105,7 @@ class Sampler:
             # nothing reads the agent token, so the denoising passes leave it out
             prediction = self.dynamics(latents, signal_idx, step_idx, actions, mask, cache=state.cache).latents
             latents = flow.euler_step(prediction, latents, signal_idx / max_steps, flow.step_size(step_idx))
-        features = self.observe(state, latents, actions, mask)
-        return latents[:, 0], features[:, 0]
+        return latents, self._commit(state, latents, actions, mask)
 
     def generate(
         self,

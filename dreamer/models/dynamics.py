@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -162,11 +162,11 @@ class Dynamics(nn.Module):
             action.unsqueeze(2),
             level.unsqueeze(2),
             spatial,
-            repeat(self.registers.to(spatial.dtype), "r d -> b t r d", b=batch, t=time),
+            self.registers.to(spatial.dtype).expand(batch, time, -1, -1),
         ]
         if task is not None:
             agent = self.agent_token + self.task_embedding(task)
-            parts.append(repeat(agent.to(spatial.dtype), "b d -> b t 1 d", t=time))
+            parts.append(agent.to(spatial.dtype)[:, None, None].expand(-1, time, -1, -1))
         hidden = self.transformer(torch.cat(parts, dim=2), num_agent=int(task is not None), no_history=no_history, cache=cache, write=write)
         latents = self.latent_out(hidden[:, :, 2 : 2 + self.num_spatial])
         return DynamicsOutput(latents.float(), None if task is None else hidden[:, :, -1].float())

@@ -10,6 +10,8 @@ tokens, and nothing reads them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +75,7 @@ def rotation(angles: Float[Tensor, "L half"]) -> Rotation:
 def rotate(x: Float[Tensor, "... L G E"], by: Rotation) -> Float[Tensor, "... L G E"]:
     """Apply RoPE: pairs (x_i, x_{i + E/2}) turn by their angle."""
     cos, sin = (table.to(x.dtype) for table in by)
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def attend(
@@ -103,6 +104,17 @@ def attend(
 
 
 @dataclass
+class _TimeView:
+    """What every time layer of one forward pass shares."""
+
+    rotation: Rotation
+    mask: Tensor | None  # (1 or rows, 1, queries, keys); None: every query sees every key
+    window: int | None = None  # C, where queries and keys are cut into windows
+    num_past: int = 0  # slots of the ring that several steps at once read
+    slots: Tensor | None = None  # where new keys go in the ring; None: they are not kept
+
+
+@dataclass
 class TimeCache:
     """Keys and values of the last C time steps, a ring a time layer. Memory does not grow with the number of steps.
 
@@ -115,6 +127,7 @@ class TimeCache:
     num_steps: int = 0  # kept so far, those that have left the ring with them
     first_step: int = 0  # where the first of them stood
     num_blocks: int = 1  # rows of B that each video fills, side by side
+    next_step: _TimeView | None = None  # what the passes of the next step share, made by the first of them
 
     def rows(self, rows: Int[Tensor, " b"]) -> TimeCache:
         """The cache of some of the videos."""
@@ -127,17 +140,6 @@ class TimeCache:
     def layer(self, index: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The rings of one time layer and the first ``num_tokens`` tokens, (S B) Gk C E each. They are views."""
         return self.keys[index][:num_tokens].flatten(0, 1), self.values[index][:num_tokens].flatten(0, 1)
-
-
-@dataclass
-class _TimeView:
-    """What every time layer of one forward pass shares."""
-
-    rotation: Rotation
-    mask: Tensor | None  # (1 or rows, 1, queries, keys); None: every query sees every key
-    window: int | None = None  # C, where queries and keys are cut into windows
-    num_past: int = 0  # slots of the ring that several steps at once read
-    slots: Tensor | None = None  # where new keys go in the ring; None: they are not kept
 
 
 class RMSNorm(nn.RMSNorm):
@@ -192,7 +194,7 @@ class TimeAttention(Attention):
 
     def forward(self, x_BTSD: Tensor, view: _TimeView, ring: tuple[Tensor, Tensor] | None) -> Tensor:
         batch, time = x_BTSD.shape[:2]
-        q, k, v = self.project(rearrange(x_BTSD, "b t s d -> (s b) t d"), view.rotation)
+        q, k, v = self.project(x_BTSD.permute(2, 0, 1, 3).flatten(0, 1), view.rotation)
         if ring is not None:
             k, v = (self._with_past(cached, new, view) for cached, new in zip(ring, (k, v), strict=True))
         if view.window:
@@ -200,7 +202,7 @@ class TimeAttention(Attention):
         attended = attend(q, k.to(q.dtype), v.to(q.dtype), view.mask, self.config.logit_softcap)
         if view.window:
             attended = rearrange(attended, "(b n) g c e -> b g (n c) e", n=-(-time // view.window))[:, :, :time]
-        return rearrange(self.join(attended), "(s b) t d -> b t s d", b=batch)
+        return self.join(attended).unflatten(0, (-1, batch)).permute(1, 2, 0, 3)
 
     @staticmethod
     def _with_past(cached: Tensor, new: Tensor, view: _TimeView) -> Tensor:
@@ -241,7 +243,7 @@ class Layer(nn.Module):
         self.attention = TimeAttention(config) if is_time else SpaceAttention(config)
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, 8 * round(config.mlp_ratio * config.width / 8))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x_BTSD: Tensor, *where) -> Tensor:
         x_BTSD = x_BTSD + self.dropout(self.attention(self.attention_norm(x_BTSD), *where))
@@ -263,6 +265,8 @@ class Transformer(nn.Module):
         every = config.time_every
         self.layers = nn.ModuleList(Layer(config, every > 0 and i % every == every - 1) for i in range(config.num_layers))
         self.norm = RMSNorm(config.width)
+        self.num_time_layers = sum(bool(layer.is_time) for layer in self.layers)
+        self._compiled: Callable[..., Tensor] | None = None  # ``_run_layers``, by ``compile_passes``
         space_cos, space_sin = rotation(token_angles)
         self.register_buffer("space_cos", space_cos, persistent=False)
         self.register_buffer("space_sin", space_sin, persistent=False)
@@ -277,8 +281,7 @@ class Transformer(nn.Module):
         config, device = self.config, self.norm.weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
         shape = (num_tokens, batch_size, config.num_kv_heads, config.context_length, config.head_width)
-        num_time = sum(bool(layer.is_time) for layer in self.layers)
-        keys, values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_time)] for _ in range(2))
+        keys, values = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(self.num_time_layers)] for _ in range(2))
         return TimeCache(keys, values)
 
     def forward(
@@ -296,19 +299,32 @@ class Transformer(nn.Module):
         """
         if cache is not None and no_history is not None:
             raise ValueError("no_history is for whole sequences; with a cache every row has a past")
-        view = self._sequence_view(x, no_history) if cache is None else self._cache_view(x, cache, write)
-        tokens = x.shape[2]
-        by = self.space_cos[:tokens], self.space_sin[:tokens]
-        time_layer = 0
-        for layer in self.layers:
-            if layer.is_time:
-                # without its last tokens (a pass that leaves out the agent token) a step reads its tokens' part of the cache
-                x = layer(x, view, None if cache is None else cache.layer(time_layer, tokens))
-                time_layer += 1
-            else:
-                x = layer(x, by, num_agent)
+        if not self.num_time_layers:
+            view = None
+        elif cache is None:
+            view = self._sequence_view(x, no_history)
+        elif x.shape[1] == 1:
+            view = cache.next_step = cache.next_step or self._step_view(cache)
+        else:
+            view = self._piece_view(x.shape[1], cache, write)
+        # a pass without the last tokens (the agent token) reads the others' part of the cache
+        rings = [None if cache is None else cache.layer(i, x.shape[2]) for i in range(self.num_time_layers)]
+        if self._compiled is None or torch.is_grad_enabled():
+            x = self._run_layers(x, view, rings, num_agent)
+        else:
+            if x.is_cuda:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last pass returned may be written over: nobody holds it
+                for ring in itertools.chain.from_iterable(filter(None, rings)):
+                    torch._dynamo.mark_static_address(ring, guard=False)  # the graph writes it where it is
+            x = self._compiled(self, x, view, rings, num_agent)
         if cache is not None and write:
-            cache.num_steps += x.shape[1]
+            cache.num_steps, cache.next_step = cache.num_steps + x.shape[1], None
+        return x
+
+    def _run_layers(self, x: Tensor, view: _TimeView | None, rings: list[tuple[Tensor, Tensor] | None], num_agent: int) -> Tensor:
+        by, past = (self.space_cos[: x.shape[2]], self.space_sin[: x.shape[2]]), iter(rings)
+        for layer in self.layers:
+            x = layer(x, view, next(past)) if layer.is_time else layer(x, by, num_agent)
         return self.norm(x)
 
     def _rotation(self, steps: Tensor) -> Rotation:
@@ -333,21 +349,33 @@ class Transformer(nn.Module):
             mask = mask.expand(len(x), -1, -1, -1).repeat(tokens, 1, 1, 1)
         return _TimeView(self._rotation(steps), rearrange(mask, "b n l m -> (b n) 1 l m"), window)
 
-    def _cache_view(self, x: Tensor, cache: TimeCache, write: bool) -> _TimeView:
-        """The steps after those in the cache."""
-        time, context, device = x.shape[1], self.config.context_length, x.device
+    def _step_view(self, cache: TimeCache) -> _TimeView:
+        """The one step after those in the cache. It reads all of the ring, always: shapes that stay let compiled code stay."""
+        context, device = self.config.context_length, cache.keys[0].device
+        step = torch.tensor([cache.num_steps], device=device)
+        mask = rearrange(torch.arange(context, device=device) <= step, "m -> 1 1 1 m")
+        return _TimeView(self._rotation(step + cache.first_step), mask, slots=step % context)
+
+    def _piece_view(self, time: int, cache: TimeCache, write: bool) -> _TimeView:
+        """The ``time`` steps after those in the cache."""
+        context, device = self.config.context_length, cache.keys[0].device
         steps = torch.arange(cache.num_steps, cache.num_steps + time, device=device)
-        by = self._rotation(steps + cache.first_step)
-        if time == 1:  # all of the ring, always: shapes that stay let compiled code stay
-            is_full = cache.num_steps + 1 >= context
-            mask = None if is_full else rearrange(torch.arange(context, device=device) <= steps, "m -> 1 1 1 m")
-            return _TimeView(by, mask, slots=steps % context)
         num_past = min(cache.num_steps, context)
         last = cache.num_steps - 1
         held = last - (last - torch.arange(num_past, device=device)) % context  # the step in each slot
         age = steps[:, None] - torch.cat([held, steps])
         mask = rearrange((age >= 0) & (age < context), "l m -> 1 1 l m")
+        by = self._rotation(steps + cache.first_step)
         return _TimeView(by, mask, num_past=num_past, slots=steps[-context:] % context if write else None)
+
+
+def compile_passes(transformer: Transformer) -> None:
+    """Compile its passes without gradients, all layers as one, in place and once: dreams are the faster for it. On CUDA a pass becomes a
+    CUDA graph. The first pass of each shape takes half a minute; how far a dream has come changes no shape, so that a dream has three
+    (context, denoising, keeping)."""
+    if transformer._compiled is None:
+        on_cuda = transformer.norm.weight.is_cuda
+        transformer._compiled = torch.compile(Transformer._run_layers, mode="reduce-overhead" if on_cuda else None)
 
 
 def compile_layers(module: nn.Module) -> None:

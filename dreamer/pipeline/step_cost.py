@@ -73,6 +73,11 @@ class StepMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _answer(args[0], self.whole_number)
+        if torch.is_inference_mode_enabled() and func.namespace == "aten" and func._overloadpacket not in FORMULAS:
+            with self:  # in inference mode, what is made of other operations arrives whole
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is not NotImplemented:
+                return out
         out = func(*args, **(kwargs or {}))
         if formula := FORMULAS.get(func._overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)

@@ -35,6 +35,7 @@ def add_verbs(verbs: Any, browse: Callable[[str], None]) -> None:
         own.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, of a phase in it, or of a checkpoint")
         own.add_argument("--fps", type=float, metavar="N", help="frames a second (default: the recordings')")
         own.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's")
+        own.add_argument("--compile", action="store_true", help="torch.compile: a minute or two later, and faster from then on")
         own.add_argument(
             "--threads", type=int, default=1, metavar="N", help="of PyTorch on the CPU (default: 1, the quickest for small models)"
         )
@@ -49,7 +50,22 @@ def _open_source(arguments: argparse.Namespace, env: str | None = None) -> Any:
         raise ValueError(f"--threads is {arguments.threads}, --fps {arguments.fps}; expected at least 1, and above 0 and below 1000")
     source = open_source(arguments.checkpoint, env=env, device=arguments.device, fps=arguments.fps)
     torch.set_num_threads(arguments.threads)
+    if arguments.compile:
+        _compile(source)
     return source
+
+
+def _compile(source: Any) -> None:
+    """Compile the world model, and dream a moment, so that nobody waits for it later."""
+    from dreamer.models.transformer import compile_passes
+    from dreamer.player.engine import default_settings
+    from dreamer.player.rollouts import choose_places, roll_out
+
+    print("compiling the world model, which takes a minute or two", flush=True)
+    compile_passes(source.agent.dynamics.transformer)
+    settings = default_settings(source)
+    (place,) = choose_places(source, [], 1, 2, settings)
+    roll_out(source, place, "recorded", 2, settings)
 
 
 def _play(arguments: argparse.Namespace, command: str) -> int:

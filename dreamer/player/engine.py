@@ -90,8 +90,8 @@ class DreamSession:
         self.settings = settings
 
     def _sampler_config(self, settings: DreamSettings) -> SamplerConfig:
-        context_signal = self.source.run.config.evaluation.sampler.context_signal
-        return SamplerConfig(num_steps=settings.num_steps, context_signal=context_signal)
+        base = self.source.run.config.evaluation.sampler.model_dump()
+        return SamplerConfig.model_validate(base | {"num_steps": settings.num_steps})
 
     @torch.no_grad()
     def begin(self, start: Start) -> Moment:

@@ -217,6 +217,17 @@ def test_dreams_carry_no_gradient(make_agent: MakeAgent, make_batch: MakeBatch) 
     assert not any(x.requires_grad for x in (features, latents, next_features, *state.cache.keys, *state.cache.values))
 
 
+def test_what_a_dream_gives_can_be_learned_on(make_agent: MakeAgent, make_batch: MakeBatch) -> None:
+    """Phase 3 does; tensors of inference mode would refuse."""
+    sampler, batch = Sampler(make_agent().dynamics, SamplerConfig(num_steps=1)), make_batch()
+    state = sampler.start(2)
+    features = sampler.observe(state, batch.latents, batch.prev_actions, batch.prev_action_mask)
+    for tensor in (features, *sampler.imagine(state, batch.actions[:, -1])):
+        weight = torch.ones(tensor.shape[-1], requires_grad=True)
+        (tensor * weight).square().sum().backward()
+        assert not tensor.is_inference() and weight.grad is not None
+
+
 def test_a_dream_can_start_from_nothing(make_agent: MakeAgent, make_batch: MakeBatch) -> None:
     sampler = Sampler(make_agent().dynamics, SamplerConfig(num_steps=2))
     batch = make_batch()

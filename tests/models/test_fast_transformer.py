@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dreamer.models.transformer import Layer, Transformer, TransformerConfig, grid_angles, rope_angles
+from dreamer.models.transformer import Layer, Transformer, TransformerConfig, compile_passes, grid_angles, rope_angles
 
 GRID, WIDTH, CONTEXT = (2, 2), 32, 4
 TOKENS = 4
@@ -171,3 +171,62 @@ def test_compiled_layers_are_traced_whole_and_compute_the_same() -> None:
     """In a process without this one's checks of shapes, and without generating code, which takes a minute."""
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+COMPILED_PASSES = """
+import copy, torch
+from dreamer.models.transformer import Transformer, TransformerConfig, compile_passes, grid_angles
+
+compiler = torch.compile
+torch.compile = lambda function, mode=None: compiler(function, backend="eager", fullgraph=True)
+config = TransformerConfig(width=16, num_layers=2, num_heads=2, num_kv_heads=1, time_every=2, context_length=4)
+model = Transformer(config, grid_angles((1, 4), 8))
+
+def dream(model, batch):
+    torch.manual_seed(0)
+    cache, found = model.new_cache(batch, 4), [torch.randn(batch, 3, 4, 16)]
+    with torch.inference_mode():
+        found.append(model(found[0], num_agent=1, cache=cache, write=True))
+        for _ in range(12):  # three contexts: the ring goes round
+            x = torch.randn(batch, 1, 4, 16)
+            found += [model(x[:, :, :3], cache=cache).clone(), model(x, num_agent=1, cache=cache, write=True).clone()]
+    return found[1:]
+
+expected = {batch: dream(model, batch) for batch in (1, 5, 7)}
+plain = copy.deepcopy(model)
+compile_passes(model)
+compile_passes(model)  # once is enough
+for batch in (1, 5, 7, 1):
+    torch.testing.assert_close(dream(model, batch), expected[batch], rtol=1e-4, atol=1e-5)
+graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+assert 3 <= graphs <= 6, graphs  # three shapes for one clip, three for any other number of them
+other = copy.deepcopy(model)  # compiled too, with weights of its own
+torch.nn.init.zeros_(other.norm.weight)
+assert not any(step.any() for step in dream(other, 1)) and dream(model, 1)[0].any()
+torch.autograd.grad(model(torch.randn(1, 3, 4, 16)).sum(), list(model.parameters()), allow_unused=True)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # with gradients it stays as it was
+"""
+
+
+def test_compiled_dreams_are_made_for_shapes_alone_and_compute_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED_PASSES], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0 and "recompile" not in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_a_compiled_pass_on_a_gpu_is_one_graph_and_computes_the_same() -> None:
+    model = make(logit_softcap=None).cuda()
+    x = torch.randn(2, 12, TOKENS, WIDTH, device="cuda")
+
+    def dream() -> list[Tensor]:
+        cache = model.new_cache(2, TOKENS)
+        with torch.inference_mode():
+            return [model(step, num_agent=1, cache=cache, write=True).clone() for step in x.split(1, dim=1)]
+
+    expected = dream()
+    compile_passes(model)
+    for _ in range(3):  # warm up, capture, replay; then with the rings of another dream
+        torch.testing.assert_close(dream(), expected, rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

@@ -35,13 +35,15 @@ def training_step(machine: Machine, precision: str, *, rows: int, length: int, i
 def main() -> None:
     options = parser("A training step of the world model.")
     options.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
-    options.add_argument("--batch", type=int, default=4)
+    options.add_argument("--batch", type=int, default=4, help="clips")
+    options.add_argument("--batch-steps", type=int, metavar="N", help="latent steps in a batch, instead of clips")
     options.add_argument("--length", nargs="+", type=int, default=[32], help="latent steps of a clip")
     arguments = options.parse_args()
     machine = Machine(arguments.device, arguments.threads)
     for precision in arguments.precision:
         for length in arguments.length:
-            training_step(machine, precision, rows=arguments.batch, length=length, is_compiled=arguments.compile, seconds=arguments.seconds)
+            rows = max(arguments.batch_steps // length, 1) if arguments.batch_steps else arguments.batch
+            training_step(machine, precision, rows=rows, length=length, is_compiled=arguments.compile, seconds=arguments.seconds)
     machine.write(arguments.json)
 
 

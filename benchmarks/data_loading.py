@@ -35,7 +35,7 @@ from dreamer.data import (
 from dreamer.models import CausalTokenizer, CosmosTokenizerConfig, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import build_network
 from dreamer.ops.minecraft import MINERL
-from dreamer.pipeline.run import hardware, write_json
+from dreamer.pipeline.run import hardware, peak_memory_mb, write_json
 from dreamer.types import Tokenizer
 from dreamer.yaml_config import load_config
 
@@ -53,7 +53,9 @@ class Rate:
     name: str
     windows: float
     latent_steps: float
+    tokens: float  # latent ones
     megabytes: float  # of latents and actions, or of frames
+    peak_memory_mb: float  # of the process so far
     times_faster: float | None = None  # than tokenizing on the fly
 
 
@@ -120,7 +122,8 @@ def on_the_fly(name: str, store: EpisodeStore, tokenizer: Tokenizer, rows: int, 
             return rows
 
         rate = windows_per_second(make, seconds)
-    return Rate(name, rate, rate * STEPS, rate * num_frames * 3 * FRAME_SIZE**2 / 1e6)
+    tokens = tokenizer.token_grid[0] * tokenizer.token_grid[1]
+    return Rate(name, rate, rate * STEPS, rate * STEPS * tokens, rate * num_frames * 3 * FRAME_SIZE**2 / 1e6, peak_memory_mb())
 
 
 def loaded(store: LatentStore, num_workers: int, device: torch.device, seconds: float, reference: Rate) -> Rate:
@@ -135,7 +138,10 @@ def loaded(store: LatentStore, num_workers: int, device: torch.device, seconds: 
 
         rate = windows_per_second(make, seconds)
     num_bytes = sum(array.nbytes for array in store.arrays(0, 0, STEPS).values())
-    return Rate(f"  loaded, {num_workers} threads", rate, rate * STEPS, rate * num_bytes / 1e6, rate / reference.windows)
+    tokens, faster = store.token_grid[0] * store.token_grid[1], rate / reference.windows
+    return Rate(
+        f"  loaded, {num_workers} threads", rate, rate * STEPS, rate * STEPS * tokens, rate * num_bytes / 1e6, peak_memory_mb(), faster
+    )
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,7 +164,8 @@ def compare(
 
 def told(rate: Rate) -> str:
     faster = "" if rate.times_faster is None else f"{rate.times_faster:>12,.0f} times"
-    return f"{rate.name:<32}{rate.windows:>14,.2f} windows/s {rate.latent_steps:>14,.1f} steps/s {rate.megabytes:>10,.2f} MB/s{faster}"
+    speed = f"{rate.windows:>14,.2f} windows/s {rate.tokens:>14,.1f} tokens/s {rate.megabytes:>10,.2f} MB/s"
+    return f"{rate.name:<32}{speed}{rate.peak_memory_mb:>8,.0f} MB held{faster}"
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ def long_dream(sampler: Sampler, num_steps: int, device: torch.device) -> list[d
 
 
 def command_line() -> argparse.ArgumentParser:
-    options = parser("Dreaming on after a context.")
+    options = parser("Dreaming on after a context.", compiles=True)
     options.add_argument("--precision", nargs="+", default=["fp32"], choices=list(DTYPES))
     options.add_argument("--batch", nargs="+", type=int, default=[1, 64], help="clips at once")
     options.add_argument("--num-steps", type=int, default=4, help="denoising passes a latent step")

@@ -114,12 +114,13 @@ def told(figures: Figures) -> str:
     return f"{f.name:<24}{f.precision}{took}{work}{f.peak_memory_mb:>7,.0f} MB"
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """With the options that every benchmark has."""
+def parser(description: str, *, compiles: bool = False) -> argparse.ArgumentParser:
+    """With the options that every benchmark of a model has; ``compiles``: it can compile it, too."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice without it")
     options.add_argument("--json", type=Path, metavar="FILE")
     options.add_argument("--seconds", type=float, default=8.0, help="measured for each figure")
-    options.add_argument("--compile", action="store_true", help="torch.compile, which takes a minute or two first")
+    if compiles:
+        options.add_argument("--compile", action="store_true", help="torch.compile, which takes a minute or two first")
     return options

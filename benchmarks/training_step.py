@@ -35,7 +35,7 @@ def training_step(machine: Machine, precision: str, *, rows: int, length: int, i
 
 
 def command_line() -> argparse.ArgumentParser:
-    options = parser("A training step of the world model.")
+    options = parser("A training step of the world model.", compiles=True)
     options.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     options.add_argument("--batch", type=int, default=4, help="clips")
     options.add_argument("--batch-steps", type=int, metavar="N", help="latent steps in a batch, instead of clips")

@@ -87,3 +87,22 @@ def test_generation_is_measured_and_written(load: Any, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["figures"][0]["flops"] == found.flops and written["tenths"] == tenths
     assert written["hardware"]["PyTorch"] == torch.__version__
+
+
+def test_a_tokenizer_is_measured_both_ways(load: Any) -> None:
+    """Tokens are those of the latents; decoding and encoding each count their own operations."""
+    module, machine = load("tokenizer"), load("machine").Machine("cpu", None)
+    names = [name for name, _ in module.tokenizers(with_cosmos=False)]
+    assert names == ["demo", "vpt_causal"]
+    name, tokenizer = next(module.tokenizers(with_cosmos=False))
+    encoding, decoding = module.both_ways(machine, name, tokenizer, 2, precision="fp32", seconds=0.0)
+    rows, columns = tokenizer.token_grid
+    for figures in (encoding, decoding):
+        assert figures.flops > 0 and figures.tokens_per_second == pytest.approx(2 * rows * columns / figures.seconds)
+    with pytest.raises(SystemExit):
+        module.command_line().parse_args(["--compile"])  # it compiles nothing
+
+
+def test_generation_and_training_step_can_compile(load: Any) -> None:
+    for name in ("generation", "training_step"):
+        assert load(name).command_line().parse_args(["--compile"]).compile

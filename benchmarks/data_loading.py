@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,13 +161,17 @@ def told(rate: Rate) -> str:
     return f"{rate.name:<32}{rate.windows:>14,.2f} windows/s {rate.latent_steps:>14,.1f} steps/s {rate.megabytes:>10,.2f} MB/s{faster}"
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Pretokenized latents against tokenizing on the fly.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--seconds", type=float, default=2.0, help="measured for each figure")
     parser.add_argument("--no-cosmos", action="store_true", help="leave out Cosmos, which takes minutes on a CPU")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = command_line().parse_args(argv)
     device = torch.device(arguments.device)
     demo = load_config(DreamerConfig, PRESETS / "demo.yaml")
     small: Any = CausalTokenizer(demo.tokenizer, (3, FRAME_SIZE, FRAME_SIZE)).to(device).eval()

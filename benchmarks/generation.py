@@ -9,7 +9,9 @@ many steps instead and tells, for each tenth of the way, what a step took and ho
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,13 +66,17 @@ def long_dream(sampler: Sampler, num_steps: int, device: torch.device) -> list[d
     return tenths
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     options = parser("Dreaming on after a context.")
     options.add_argument("--precision", nargs="+", default=["fp32"], choices=list(DTYPES))
     options.add_argument("--batch", nargs="+", type=int, default=[1, 64], help="clips at once")
     options.add_argument("--num-steps", type=int, default=4, help="denoising passes a latent step")
     options.add_argument("--long", type=int, metavar="STEPS")
-    arguments = options.parse_args()
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = command_line().parse_args(argv)
     machine = Machine(arguments.device, arguments.threads)
     sampler = make_sampler(machine.device, arguments.num_steps, arguments.compile)
     if arguments.long:

@@ -125,16 +125,20 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Playing, measured from the browser.")
+    parser.add_argument("checkpoint", type=Path, help="as for dreamer play")
+    parser.add_argument("--clock", type=float, nargs="+", default=[10, 20, 60], help="frames a second")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of the server's PyTorch")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of frames for each clock")
+    parser.add_argument("--presses", type=int, default=60, help="for each clock")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    options = argparse.ArgumentParser(description="Playing, measured from the browser.")
-    options.add_argument("checkpoint", type=Path, help="as for dreamer play")
-    options.add_argument("--clock", type=float, nargs="+", default=[10, 20, 60], help="frames a second")
-    options.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    options.add_argument("--threads", type=int, default=1, help="of the server's PyTorch")
-    options.add_argument("--seconds", type=float, default=15.0, help="of frames for each clock")
-    options.add_argument("--presses", type=int, default=60, help="for each clock")
-    options.add_argument("--json", type=Path, metavar="FILE")
-    arguments = options.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     machine, load = Machine(arguments.device, arguments.threads), os.getloadavg()[0]
     print(f"load average before {load:.2f}", flush=True)
     figures = []

@@ -12,7 +12,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,7 +191,7 @@ def told(rate: Rate) -> str:
     return f"{rate.threads} threads  {rate.name:<32}{rate.per_second:>14,.2f} {rate.unit + '/s':<12}{speed:>18}{share}"
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Decoding, encoding and loading, beside the machine's limits.")
     parser.add_argument("--video", type=Path, metavar="FILE", help="to decode (default: one is made)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -199,7 +199,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="measured in each round, for each figure")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--no-cosmos", action="store_true", help="leave out Cosmos, which takes minutes on a CPU")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = command_line().parse_args(argv)
     rates: list[Rate] = []
     with tempfile.TemporaryDirectory() as folder:
         video = arguments.video or make_video(Path(folder) / "video.mp4")

@@ -7,6 +7,8 @@ A batch is ``--batch`` clips of ``--length`` latent steps, of 16 tokens each; a 
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +34,17 @@ def training_step(machine: Machine, precision: str, *, rows: int, length: int, i
     return machine.measure(name, lambda: trainer.train_step([batch]), tokens=rows * length * TOKENS, precision=precision, seconds=seconds)
 
 
-def main() -> None:
+def command_line() -> argparse.ArgumentParser:
     options = parser("A training step of the world model.")
     options.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     options.add_argument("--batch", type=int, default=4, help="clips")
     options.add_argument("--batch-steps", type=int, metavar="N", help="latent steps in a batch, instead of clips")
     options.add_argument("--length", nargs="+", type=int, default=[32], help="latent steps of a clip")
-    arguments = options.parse_args()
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = command_line().parse_args(argv)
     machine = Machine(arguments.device, arguments.threads)
     for precision in arguments.precision:
         for length in arguments.length:

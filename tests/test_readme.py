@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -103,6 +104,13 @@ SCRIPTS = {
 }
 
 
+def benchmark(name: str) -> Any:
+    """The module; it finds those beside it, as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module(name)
+
+
 def check_command(words: list[str], with_settings: bool) -> None:
     """Raise unless this is a command that a reader can type."""
     variables = [w for w in words if re.match(r"[A-Z_]+=", w)]
@@ -129,6 +137,9 @@ def check_command(words: list[str], with_settings: bool) -> None:
         # what the training scripts add to the verb's words
         path = [] if parts == ["pretokenize"] or "--data-path" not in rest else rest[(at := rest.index("--data-path")) : at + 2]
         check_command(["dreamer", *parts, *(word for word in rest[1:] if word not in path)], with_settings)
+    elif name == "python" and re.fullmatch(r"benchmarks/\w+\.py", rest[0]):
+        assert (ROOT / rest[0]).exists()
+        benchmark(Path(rest[0]).stem).command_line().parse_args(rest[1:])
     elif name == "hf":
         folder = load_config(DreamerConfig, COSMOS).cosmos_tokenizer.checkpoint_path
         assert rest == ["download", REPOSITORIES[0], "--local-dir", str(folder)]
@@ -144,6 +155,12 @@ def test_every_command_can_be_typed(page: Path, monkeypatch: pytest.MonkeyPatch,
         for words in commands(block.text):
             try:
                 check_command(words, with_settings=page != RECIPES)  # the recipes add settings: they are run below
+            except (AssertionError, SystemExit, ValueError) as error:
+                pytest.fail(f"{block}: {shlex.join(words)}: {error!r} {capsys.readouterr().err}")
+    for block in blocks(page, "text"):
+        for words in commands(block.text) if block.text.startswith("python benchmarks/") else ():
+            try:
+                check_command([word.strip("[]") for word in words], with_settings=True)  # what may be left out is in brackets
             except (AssertionError, SystemExit, ValueError) as error:
                 pytest.fail(f"{block}: {shlex.join(words)}: {error!r} {capsys.readouterr().err}")
     for span in spans(page):
@@ -169,6 +186,10 @@ def test_a_command_that_does_not_exist_is_found(capsys: pytest.CaptureFixture[st
         "make sandwich",
         'make demo ARGS="--preset nope"',
         "pip install -c constraints.txt -e '.[nope]'",
+        "python benchmarks/nothing.py",
+        "python benchmarks/player.py --clock 20",
+        "python benchmarks/player.py runs/demo --clocks 20",
+        "python benchmarks/generation.py --precision fp8",
         "rm -rf /",
     ):
         with pytest.raises((AssertionError, SystemExit, ValueError)):

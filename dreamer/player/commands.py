@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+STEPS = 24  # frames that dreamer dream shows unless told otherwise
 EXTRA = ("starlette", "uvicorn", "websockets")  # packages of the extra play
 
 
@@ -24,7 +25,7 @@ def add_verbs(verbs: Any, browse: Callable[[str], None]) -> None:
     dream.add_argument("--out", type=Path, required=True, metavar="FILE", help=".mp4, .gif, .webp, or .png for a grid of moments")
     dream.add_argument("--start", action="append", default=[], metavar="E:S", help="episode and latent step; may be given several times")
     dream.add_argument("--num", type=int, default=4, metavar="N", help="starts, if none are named (default: %(default)s)")
-    dream.add_argument("--steps", type=int, default=24, metavar="N", help="frames to dream (default: %(default)s)")
+    dream.add_argument("--steps", type=int, metavar="N", help=f"frames to dream (default: {STEPS}, or as many as were recorded)")
     words = "recorded (default), noop, policy, policy-argmax, or a script such as 'right*8,do*2'"
     dream.add_argument("--actions", default="recorded", metavar="WORDS", help=words)
     dream.add_argument("--seed", type=int, metavar="N", help="of noise, policy and starts (default: the run's)")
@@ -88,15 +89,20 @@ def _play(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _dream(arguments: argparse.Namespace, command: str) -> int:
-    from dreamer.player.engine import DreamSettings, default_settings
-    from dreamer.player.rollouts import choose_places, roll_out, write_rollouts
+    from dreamer.player.engine import check_settings, default_settings
+    from dreamer.player.rollouts import check_suffix, choose_places, num_recorded, roll_out, write_rollouts
 
-    if arguments.num < 1 or arguments.steps < 1:
-        raise ValueError(f"--num is {arguments.num}, --steps {arguments.steps}; expected at least 1 of each")
+    steps = STEPS if arguments.steps is None else arguments.steps
+    if arguments.num < 1 or steps < 1:
+        raise ValueError(f"--num is {arguments.num}, --steps {steps}; expected at least 1 of each")
+    check_suffix(arguments.out)
     source = _open_source(arguments)
     given = {"num_steps": arguments.denoise_steps, "context": arguments.context, "seed": arguments.seed}
-    settings = DreamSettings(**default_settings(source).model_dump() | {key: value for key, value in given.items() if value is not None})
-    places = choose_places(source, arguments.start, arguments.num, arguments.steps, settings)
-    rollouts = [roll_out(source, place, arguments.actions, arguments.steps, settings) for place in places]
+    settings = default_settings(source).model_copy(update={key: value for key, value in given.items() if value is not None})
+    check_settings(source, settings)
+    places = choose_places(source, arguments.start, arguments.num, steps, settings)
+    if arguments.steps is None and arguments.actions == "recorded":
+        steps = max(1, min(steps, *(num_recorded(source, place) for place in places)))
+    rollouts = [roll_out(source, place, arguments.actions, steps, settings) for place in places]
     print(f"written: {write_rollouts(arguments.out, rollouts, source.fps)}")
     return 0

@@ -64,6 +64,17 @@ def default_settings(source: DreamSource) -> DreamSettings:
     return DreamSettings(num_steps=config.evaluation.sampler.num_steps, context=context, seed=config.seed)
 
 
+def check_settings(source: DreamSource, settings: DreamSettings) -> None:
+    """Raises ``ValueError`` for what the model cannot do."""
+    if settings.num_steps not in source.denoise_steps:
+        known = ", ".join(map(str, source.denoise_steps))
+        raise ValueError(f"denoising steps K is {settings.num_steps}; expected one of {known}, which this model was trained for")
+    if not 1 <= settings.context <= source.most_context:
+        raise ValueError(f"context is {settings.context}; expected 1 to {source.most_context} latent steps, what this model sees")
+    if not 0 <= settings.seed < 2**31:
+        raise ValueError(f"seed is {settings.seed}; expected 0 to {2**31 - 1}")
+
+
 class DreamSession:
     """One person's dream.
 
@@ -73,6 +84,7 @@ class DreamSession:
     """
 
     def __init__(self, source: DreamSource, start: Start, settings: DreamSettings, *, has_real: bool = False) -> None:
+        check_settings(source, settings)
         self.source, self.settings = source, settings
         self.mode: Mode | None = None  # how the policy acts; None: a person does
         self.real: RealEnv | None = None
@@ -84,8 +96,7 @@ class DreamSession:
 
     def set(self, settings: DreamSettings) -> None:
         """``ValueError`` for what the model cannot do; nothing changes then."""
-        if settings.context > self.source.most_context:
-            raise ValueError(f"context is {settings.context}; this model sees at most {self.source.most_context} latent steps")
+        check_settings(self.source, settings)
         self._dream.sampler = Sampler(self.source.agent.dynamics, self._sampler_config(settings))
         self.settings = settings
 

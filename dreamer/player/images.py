@@ -17,6 +17,10 @@ MAX_PIXELS = 16_000_000  # of an upload, looked at before it is decoded
 SMALL = 128 * 128  # pixels; frames up to this size are sent without loss, and are no larger for it
 
 
+class _TooLarge(ValueError):
+    pass
+
+
 def decode_upload(data: bytes, frame_shape: tuple[int, int, int]) -> Picture:
     """A picture of the model's size from what somebody sent: its middle, as large as it fits.
 
@@ -30,13 +34,15 @@ def decode_upload(data: bytes, frame_shape: tuple[int, int, int]) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"image: {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}")
+                    raise _TooLarge(f"image: {image.width} x {image.height} pixels; expected at most {MAX_PIXELS}: save it smaller")
                 upright = ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise ValueError(f"image: of no known format; expected one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"image: more pixels than the allowed {MAX_PIXELS}") from None
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow raises for damage
+    except _TooLarge:
+        raise
+    except Exception as error:  # Pillow has no list of what it raises for damage: OSError, SyntaxError, struct.error and others were seen
         raise ValueError(f"image: cannot be decoded ({error}); expected a whole {', '.join(FORMATS)} file") from error
     return np.asarray(ImageOps.fit(upright, (width, height), Image.Resampling.BOX))
 

@@ -67,7 +67,7 @@ def _rows(source: DreamSource, place: tuple[int, int], actions: str, steps: int)
         script = parse_script(controls, actions)
         return script[np.arange(steps) % len(script)]
     (episode, step), stride = place, source.latents.temporal_stride
-    longest = stride * (source.num_steps(episode) - 1 - step)
+    longest = num_recorded(source, place)
     if steps > longest:
         raise ValueError(
             f"--steps is {steps}; {longest} recorded actions follow episode {episode}, step {step}: start earlier, or give others"
@@ -77,6 +77,12 @@ def _rows(source: DreamSource, place: tuple[int, int], actions: str, steps: int)
         raise ValueError(f"episode {episode}: its actions are not known; give others than recorded, such as noop")
     rows = arrays["actions"].reshape(-1, controls.space.num_columns)
     return rows.repeat(stride // source.latents.actions_per_step, axis=0)
+
+
+def num_recorded(source: DreamSource, place: tuple[int, int]) -> int:
+    """Frames that were recorded after ``place``."""
+    episode, step = place
+    return source.latents.temporal_stride * (source.num_steps(episode) - 1 - step)
 
 
 def parse_script(controls: Controls, script: str) -> Float[np.ndarray, "K A"]:
@@ -108,11 +114,18 @@ def choose_places(source: DreamSource, starts: Sequence[str], num: int, steps: i
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout], fps: float) -> Path:
     """A video (.mp4, .gif, .webp) or a picture (.png), by the suffix."""
+    check_suffix(path)
     if path.suffix == ".png":
         return write_atomic(path, encode_png(as_picture(rollouts)))
-    if path.suffix not in VIDEO_SUFFIXES:
-        raise ValueError(f"{path}: suffix {path.suffix!r}; expected .png, {', '.join(VIDEO_SUFFIXES)}")
     return write_video(path, as_video(rollouts), fps)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises ``ValueError`` for a file that nothing can be written to."""
+    if path.suffix not in (".png", *VIDEO_SUFFIXES):
+        raise ValueError(f"{path}: suffix {path.suffix!r}; expected .png, {', '.join(VIDEO_SUFFIXES)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; expected a file to write")
 
 
 def as_video(rollouts: Sequence[Rollout]) -> Clip:

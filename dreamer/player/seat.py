@@ -100,8 +100,10 @@ class Seat:
         start = await self._work(lambda: self.source.from_picture(picture, "image", "your image"))
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._put(start, done)
-        with anyio.fail_after(60):
+        with anyio.move_on_after(60) as patience:
             await done
+        if patience.cancelled_caught:
+            raise ValueError("the dream did not begin within a minute; try again")
 
     def _put(self, command: protocol.Command | Start, done: asyncio.Future[None] | None = None) -> None:
         if len(self._commands) >= MAX_COMMANDS:
@@ -307,7 +309,7 @@ class Seat:
         """What a page needs that has just (again) connected; a picture, too."""
         for queue in (self._texts, self._frames, self._unseen):
             queue.clear()
-        source, dynamics = self.source, self.source.agent.config.dynamics
+        source = self.source
         self.tell(
             {
                 "type": "hello",
@@ -319,7 +321,7 @@ class Seat:
                 "controls": self.controls.to_json(),
                 "offers": self.offers,
                 "most_context": source.most_context,
-                "num_steps": [1 << n for n in range(dynamics.max_steps.bit_length())],
+                "num_steps": source.denoise_steps,
                 "has": {"policy": source.has_policy, "value": source.has_value, "env": source.env is not None},
             }
         )

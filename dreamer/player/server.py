@@ -83,9 +83,11 @@ class Player:
             await self._drop(lambda seat: time.monotonic() - seat.left_at > self.linger)
 
     async def _drop(self, is_old: Callable[[Seat], bool]) -> None:
-        for seat in [s for s in self.seats.values() if s.connection is None and is_old(s)]:
-            del self.seats[seat.id]
-            await seat.close()
+        """Of the seats that nobody sits in. While one is closed, somebody may come back to the next, or drop it, too."""
+        for seat in list(self.seats.values()):
+            if seat.id in self.seats and seat.connection is None and is_old(seat):
+                del self.seats[seat.id]
+                await seat.close()
 
     # ---- the websocket
 
@@ -169,12 +171,12 @@ class Player:
         async for part in request.stream():
             data += part
             if len(data) > MAX_UPLOAD:
-                return PlainTextResponse(f"image: more than {MAX_UPLOAD} bytes", 413)
+                return PlainTextResponse(f"image: more than {MAX_UPLOAD >> 20} MB; save it smaller", 413)
         try:
             async with self._encoder:
                 picture = await asyncio.to_thread(decode_upload, bytes(data), self.source.tokenizer.frame_shape)
             await seat.begin(picture)
-        except (ValueError, TimeoutError) as error:
+        except ValueError as error:
             return PlainTextResponse(str(error), 422)
         return Response(status_code=204)
 

@@ -75,6 +75,11 @@ class DreamSource:
         return self.phase == "phase3"
 
     @property
+    def denoise_steps(self) -> list[int]:
+        """Each K that the model was trained for."""
+        return [1 << n for n in range(self.agent.config.dynamics.max_steps.bit_length())]
+
+    @property
     def most_context(self) -> int:
         return self.agent.config.dynamics.transformer.context_length
 

@@ -85,6 +85,19 @@ def of_space(source: DreamSource, tmp_path: Path) -> Callable[[ActionSpace], Dre
     return make
 
 
+def _wait_for(is_it: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Tests wait for what must come; how long it takes is the machine's affair."""
+    deadline = time.monotonic() + seconds
+    while not is_it():
+        assert time.monotonic() < deadline, f"no {what} in {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., None]:
+    return _wait_for
+
+
 class Server:
     """The application on a port of its own, in a thread."""
 
@@ -102,15 +115,14 @@ class Server:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
         self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive(), "the server did not start"
-            time.sleep(0.01)
+        _wait_for(lambda: self._server.started or not self._thread.is_alive(), "server")
+        assert self._thread.is_alive(), "the server did not start"
         self.host = f"127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
         self.link = f"http://{self.host}/#{self.token}"
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 
@@ -123,9 +135,10 @@ def serve(source: DreamSource) -> Iterator[Callable[..., Server]]:
         servers.append(Server(other or source, **limits))
         return servers[-1]
 
+    start.seats = lambda: [seat for server in servers for seat in server.player.seats.values()]
     yield start
     for server in servers:
-        server.stop()
+        server.stop()  # once more does no harm
 
 
 # ---- a real browser
@@ -149,15 +162,17 @@ def browser() -> Iterator[Any]:
 class Tab:
     """A page, with what tests ask it. Playwright's own functions that evaluate text in the page are what the policy forbids."""
 
-    def __init__(self, context: Any, link: str, until_index: int = 1) -> None:
+    def __init__(self, context: Any, link: str, seats: Callable[[], list[Any]], until_index: int = 1) -> None:
         self.page = context.new_page()
+        self.page.set_default_timeout(60_000)
         self.complaints: list[str] = []
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(link)
         self.until(lambda: self.index >= until_index, f"frame {until_index}")
+        self.seat = seats()[-1]  # the server's side of it
 
-    def until(self, is_it: Callable[[], bool], what: str, seconds: float = 8) -> None:
+    def until(self, is_it: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not is_it():
             assert time.monotonic() < deadline, f"no {what} in {seconds} s; problem: {self.text('problem')!r}; {self.complaints}"
@@ -183,7 +198,7 @@ class Tab:
     def pause(self) -> None:
         self.press("p")
         self.until(lambda: "paused" in self.text("notice"), "pause")
-        self.page.wait_for_timeout(200)  # a frame may still be on its way
+        self.until(lambda: self.index == self.seat.dream.now.index, "frame that was on its way")
 
     def restart(self) -> None:
         self.press("r")
@@ -191,13 +206,13 @@ class Tab:
 
 
 @pytest.fixture
-def visit(browser: Any, serve: Callable[..., Any]) -> Iterator[Callable[..., Tab]]:
+def visit(browser: Any, serve: Any) -> Iterator[Callable[..., Tab]]:
     contexts, tabs = [], []
 
     def open_tab(link: str, context: Any = None, until_index: int = 1, **settings: Any) -> Tab:
         if context is None:
             contexts.append(context := browser.new_context(**{"viewport": {"width": 1280, "height": 900}} | settings))
-        tabs.append(Tab(context, link, until_index))
+        tabs.append(Tab(context, link, serve.seats, until_index))
         return tabs[-1]
 
     yield open_tab  # pages close before servers do

@@ -68,7 +68,11 @@ def test_denoising_steps_change_in_mid_dream(source: DreamSource) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"context": 9}, "context is 9; this model sees at most 8"), ({"num_steps": 3}, "power of two"), ({"num_steps": 16}, "at most 8")],
+    [
+        ({"context": 9}, "context is 9; expected 1 to 8 latent steps"),
+        ({"num_steps": 3}, "K is 3; expected one of 1, 2, 4, 8"),
+        ({"num_steps": 16}, "K is 16; expected one of 1, 2, 4, 8"),
+    ],
 )
 def test_settings_that_the_model_does_not_allow(source: DreamSource, changes: dict[str, int], said: str) -> None:
     session = DreamSession(source, source.recorded(1, 6, 4), DreamSettings(context=4))

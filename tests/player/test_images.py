@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -36,6 +38,23 @@ def huge_png(width: int, height: int) -> bytes:
 
 def noise(height: int = 8, width: int = 16) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def test_damage_of_every_kind_is_one_error() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a text"
+    turned = encoded(Image.fromarray(noise()), "JPEG", exif=exif.tobytes())
+    with pytest.raises(ValueError, match=r"image: cannot be decoded .*expected a whole PNG, JPEG, WEBP file"):
+        decode_upload(turned.replace(b"\x01\x0e\x00\x02", b"\x01\x42\x00\x02", 1), SHAPE)  # a width that is a text: struct.error
+    rng = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        whole = np.frombuffer(encoded(Image.fromarray(noise()), kind), np.uint8)
+        for _ in range(200):
+            damaged = whole.copy()
+            damaged[rng.integers(0, min(len(whole), 200), 3)] = rng.integers(0, 256, 3)
+            with contextlib.suppress(ValueError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert decode_upload(damaged.tobytes(), SHAPE).shape == (8, 16, 3)
 
 
 def test_a_picture_of_the_right_size_arrives_unchanged() -> None:

@@ -66,6 +66,27 @@ def test_places_leave_room_for_what_follows(source: DreamSource) -> None:
         choose_places(source, ["3"], 1, 1, SETTINGS)
 
 
+def test_a_dream_is_as_long_as_its_recording_unless_told(run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def num_frames(*words: str) -> int:
+        out = tmp_path / "dream.gif"
+        assert cli.main(["dream", str(run_path), "--out", str(out), "--num", "1", "--context", "3", *words]) == 0
+        return getattr(Image.open(out), "n_frames", 1)
+
+    assert num_frames() == 21  # episodes have 20 actions
+    assert num_frames("--start", "1:15", "--start", "2:12") == 6
+    assert num_frames("--actions", "down*3") == 25
+    capsys.readouterr()
+    assert cli.main(["dream", str(run_path), "--out", str(tmp_path / "x.gif"), "--start", "1:20"]) == 2
+    assert "--steps is 1; 0 recorded actions follow" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_dreamt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder.png").mkdir()
+    for out, said in ((tmp_path / "x.txt", "suffix '.txt'"), (tmp_path / "folder.png", "is a folder")):
+        assert cli.main(["dream", "nothing", "--out", str(out)]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_grids_hold_every_clip_and_moment() -> None:
     def clip(value: int) -> np.ndarray:
         return np.stack([np.full((64, 64, 3), value + t, np.uint8) for t in range(4)])
@@ -96,8 +117,12 @@ def test_the_verb_writes_a_file(run_path: Path, tmp_path: Path, suffix: str, cap
     ("words", "said"),
     [
         (["--out", "x.txt"], "suffix '.txt'; expected .png"),
-        (["--out", "x.png", "--denoise-steps", "3"], "power of two"),
-        (["--out", "x.png", "--context", "99"], "context is 99; expected 1 to 8"),
+        (["--out", "x.png", "--denoise-steps", "3"], "error: denoising steps K is 3; expected one of 1, 2, 4, 8, which"),
+        (["--out", "x.png", "--denoise-steps", "0"], "error: denoising steps K is 0; expected one of 1, 2, 4, 8, which"),
+        (["--out", "x.png", "--context", "99"], "error: context is 99; expected 1 to 8"),
+        (["--out", "x.png", "--context", "0"], "error: context is 0; expected 1 to 8"),
+        (["--out", "x.png", "--seed", "-1"], "error: seed is -1; expected 0 to 2147483647"),
+        (["--out", "x.png", "--start", "1:20"], "--steps is 2; 0 recorded actions follow episode 1, step 20"),
         (["--out", "x.png", "--start", "99:0"], "episode is 99"),
         (["--out", "x.png", "--num", "0"], "--num is 0"),
         (["--out", "x.png", "--threads", "0"], "--threads is 0"),

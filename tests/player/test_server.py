@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +33,15 @@ BEARER = {"authorization": f"Bearer {TOKEN}"}
 
 
 @contextmanager
-def visiting(source: DreamSource, **limits: Any) -> Iterator[TestClient]:
-    with TestClient(Player(source, TOKEN, **limits).app, base_url=f"http://{HOST}") as client:
+def visiting(source: DreamSource, **limits: Any) -> Iterator[Any]:
+    player = Player(source, TOKEN, **limits)
+    with TestClient(player.app, base_url=f"http://{HOST}") as client:
+        client.player = player
         yield client
 
 
 @pytest.fixture
-def client(source: DreamSource) -> Iterator[TestClient]:
+def client(source: DreamSource) -> Iterator[Any]:
     with visiting(source) as client:
         yield client
 
@@ -179,8 +182,8 @@ def test_the_same_settings_give_the_same_frames(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ({"type": "settings", "num_steps": 3}, "power of two"),
-        ({"type": "settings", "context": 100}, "sees at most 8"),
+        ({"type": "settings", "num_steps": 3}, "expected one of 1, 2, 4, 8"),
+        ({"type": "settings", "context": 100}, "expected 1 to 8 latent steps"),
         ({"type": "restart", "where": "recorded", "episode": 1000, "step": 0}, "episode is 1000"),
         ({"type": "restart", "where": "recorded"}, "an episode and a step"),
         ({"type": "store"}, "there is no recording"),
@@ -251,30 +254,54 @@ def test_where_nothing_is_no_action_the_dream_waits_for_a_key(source: DreamSourc
 # ---- connections that are lost, slow, or two
 
 
-def test_a_lost_connection_keeps_its_dream_and_time_stands_still(client: TestClient) -> None:
+def test_a_lost_connection_keeps_its_dream_and_time_stands_still(client: Any, wait_for: Callable[..., None]) -> None:
     with connect(client) as socket:
         page = Page(socket)
         session = page.of("hello")["session"]
         page.say(type="input", number=1, pressed=[0])
-        left = page.until(lambda m: m["type"] == "frame" and m["index"] >= 3)["index"]
+        page.until(lambda m: m["type"] == "frame" and m["index"] >= 3)
+    (seat,) = client.player.seats.values()
+    wait_for(lambda: seat.connection is None, "notice of the loss")
+    client.player._workers.submit(int).result()  # the frame that was being made
+    left = seat.dream.now.index
     time.sleep(0.5)
     with connect(client, session) as socket:
         page = Page(socket)
         assert page.of("hello")["resumed"]
         header = page.of("frame")
-        assert left <= header["index"] <= left + 3
+        assert header["index"] == left >= 3
         later = page.until(lambda m: m["type"] == "frame" and m["index"] > header["index"])
         assert later["buttons"] == []  # nothing is held any more
 
 
-def test_forgotten_dreams_are_cleared_away(source: DreamSource) -> None:
+def test_forgotten_dreams_are_cleared_away(source: DreamSource, wait_for: Callable[..., None]) -> None:
     with visiting(source, linger=0.1) as client:
         with connect(client) as socket:
             session = Page(socket).of("hello")["session"]
-        time.sleep(0.5)
+        wait_for(lambda: not client.player.seats, "end of the dream")
         with connect(client, session) as socket:
             hello = Page(socket).of("hello")
             assert not hello["resumed"] and hello["session"] != session
+
+
+def test_who_comes_back_while_dreams_are_cleared_away_keeps_his(source: DreamSource, wait_for: Callable[..., None]) -> None:
+    with visiting(source) as client:
+        sessions, is_over = [], threading.Event()
+        for _ in range(2):
+            with connect(client) as socket:
+                sessions.append(Page(socket).of("hello")["session"])
+        seats = client.player.seats
+        wait_for(lambda: all(seat.connection is None for seat in seats.values()), "two left dreams")
+        client.player._workers.submit(is_over.wait)  # the first takes its time to close
+        sweeps = [client.portal.start_task_soon(client.player._drop, lambda seat: True)]
+        wait_for(lambda: list(seats) == sessions[1:], "sweep")
+        with connect(client, sessions[1]) as socket:
+            sweeps.append(client.portal.start_task_soon(client.player._drop, lambda seat: True))
+            is_over.set()
+            assert Page(socket).of("hello")["resumed"]
+            for sweep in sweeps:
+                sweep.result()
+            assert list(seats) == sessions[1:]
 
 
 def test_a_second_window_takes_the_dream_over(client: TestClient) -> None:
@@ -289,18 +316,18 @@ def test_a_second_window_takes_the_dream_over(client: TestClient) -> None:
             Page(second).of("frame")
 
 
-def test_a_page_that_sees_nothing_gets_two_frames_and_then_the_newest(client: TestClient) -> None:
+def test_a_page_that_sees_nothing_gets_two_frames_and_then_the_newest(client: Any, wait_for: Callable[..., None]) -> None:
     with connect(client) as socket:
         page = Page(socket)
         page.of("hello")
         page.say(type="settings", fps=60)
         numbers = []
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline and len(numbers) < 2:
+        while len(numbers) < 2:
             message = socket.receive()
             if message.get("bytes"):
                 numbers.append(unpack(message["bytes"])[0]["frame"])
-        time.sleep(1.0)  # the dream goes on; two are on their way, unseen
+        (seat,) = client.player.seats.values()
+        wait_for(lambda: seat.dream.now.index > 8, "dream that goes on; two frames are on their way, unseen")
         page.say(type="seen", frame=numbers[-1])
         header = page.of("frame")
         assert header["frame"] > numbers[-1] + 2 and header["dropped"] > 0

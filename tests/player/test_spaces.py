@@ -82,28 +82,28 @@ def test_the_mouse_turns_minecrafts_camera_until_escape(play: Callable[..., Play
     box = page.locator("#dream").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
 
-    def after(right: int, down: int) -> np.ndarray:
+    def after(right: int, down: int, is_heard: bool = True) -> np.ndarray:
         """What the model is told in the next frame when the mouse has moved by so many pixels."""
         nonlocal x, y
         x, y = x + right, y + down
         page.mouse.move(x, y)
-        page.wait_for_timeout(100)  # turns are sent with the next picture that the browser draws
+        if is_heard:  # turns are sent with the next picture that the browser draws
+            tab.until(lambda: tab.seat.hands.is_busy, "turn")
         tab.step(tab.index + 1)
         return played.rows[-1]
 
     page.mouse.move(x, y)
-    assert camera(after(40, 0)) == "still"  # not before it was caught
+    assert camera(after(40, 0, is_heard=False)) == "still"  # not before it was caught
     played.catch_mouse()
     x -= 40  # it clicks the middle
     assert camera(after(20, 0)) == "right 3.2" == tab.text("turn")  # 0.15 degrees a pixel: 3 of them
     assert camera(after(-68, -12)) == "up 1.6 left 10" == tab.text("turn")
-    assert camera(after(0, 0)) == "still" and not tab.page.locator("#turn").is_visible()
+    assert camera(after(0, 0, is_heard=False)) == "still" and not tab.page.locator("#turn").is_visible()
     page.mouse.down()
-    page.wait_for_timeout(50)
     assert after(0, 0)[:CAMERA_COLUMN].tolist() == [float(key == "attack") for key in MINERL_KEYS]
     page.keyboard.press("Escape")
     tab.until(lambda: "Click the dream" in tab.text("hint"), "the mouse free again")
-    free = after(-60, 0)
+    free = after(-60, 0, is_heard=False)
     assert camera(free) == "still" and not free[:CAMERA_COLUMN].any()  # and the attack was let go
     page.mouse.up()
 
@@ -143,7 +143,7 @@ def test_on_a_phone_minecraft_has_its_buttons_and_a_finger_turns_the_camera(play
     for kind, right in (("touchStart", 0), ("touchMove", 30), ("touchMove", 66), ("touchEnd", None)):
         points = [] if right is None else [{"x": box["x"] + 100 + right, "y": box["y"] + 100}]
         tools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    page.wait_for_timeout(100)
+    tab.until(lambda: tab.seat.hands.is_busy, "turn")
     tab.step(tab.index + 1)
     assert camera(played.rows[-1]).startswith("right")
 

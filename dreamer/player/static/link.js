@@ -50,8 +50,8 @@ export class Link {
       this.handlers.link("lost", `${GIVE_UP[event.code]} ${event.code === 4409 ? "Reload to take it back." : event.reason}`);
       return;
     }
-    const neverOpened = this.opens === 0 && this.tries >= 2;
-    const text = event.code === FULL ? event.reason : neverOpened ? "no answer: is the server running, and this its newest link?" : "reconnecting";
+    const isLong = this.tries >= (this.opens ? 5 : 2); // seconds; a server that was started anew has another link
+    const text = event.code === FULL ? event.reason : isLong ? "no answer: is the server running, and this its newest link?" : "reconnecting";
     this.handlers.link("off", text);
     this.timer = setTimeout(() => this.retry(), Math.min(4000, 250 * 2 ** this.tries++));
   }

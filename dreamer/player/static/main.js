@@ -10,6 +10,7 @@ const pens = screens.map((screen) => screen.getContext("2d", { alpha: false, des
 const pressedAt = new Map(); // number of an input -> when its key went down
 const delays = []; // ms from key to drawn frame, the last few
 const drawn = []; // when frames were drawn, the last two seconds
+const SETTINGS = { num_steps: "num_steps", context: "context", seed: "seed", rate: "fps" }; // the field of each
 let hands, controls, state = {}, lines = {}, waiting = null, drawing = false, number = Date.now(), shownPressed = [];
 
 // ---- frames
@@ -70,6 +71,7 @@ const link = new Link({
     pressedAt.clear();
     $("name").textContent = message.name;
     for (const screen of screens) [screen.height, screen.width] = message.shape;
+    document.documentElement.style.setProperty("--aspect", message.shape[1] / message.shape[0]);
     if (!hands) {
       hands = new Hands($("pad"), $("dream"), message.controls, hold);
       const known = { reward: message.has.policy, value: message.has.value, continue: message.has.policy };
@@ -95,8 +97,7 @@ const link = new Link({
     $("who").classList.toggle("agent", !!message.policy);
     $("start").textContent = `from ${message.start}`;
     notice(message.over ? "The model says that the episode ends here. R starts again." : message.paused ? "paused: Play goes on, Step is one frame" : "");
-    for (const [id, value] of Object.entries({ num_steps: settings.num_steps, context: settings.context, seed: settings.seed, rate: settings.fps }))
-      if (document.activeElement !== $(id)) $(id).value = value;
+    for (const [id, key] of Object.entries(SETTINGS)) if (document.activeElement !== $(id)) $(id).value = settings[key];
     if (message.policy) $("mode").value = message.policy;
     $("beside").checked = message.real;
     if (message.real_problem) problem(`Real beside dream: ${message.real_problem}`);
@@ -184,9 +185,21 @@ const commands = {
 };
 for (const [id, run] of Object.entries(commands)) $(id).addEventListener("click", run);
 
+// Keys go to the element that has the focus. After a click on a button, a choice or a file they play again, and the space bar presses nothing
+// twice; whoever walks the page with the keyboard stays where he is.
+const BUTTONS = "button, .button, .check, input[type=file]";
+let isByPointer = false;
+const playOn = () => $("dream").focus({ preventScroll: true });
+addEventListener("pointerdown", () => (isByPointer = true), true);
+addEventListener("click", (event) => isByPointer && event.target.closest?.(BUTTONS) && playOn());
+for (const name of ["change", "cancel"])
+  addEventListener(name, (event) => isByPointer && event.target.closest?.("select, input[type=file]") && playOn(), true);
+
 const shortcuts = { KeyP: "pause", Space: "pause", KeyN: "step", KeyR: "restart", KeyM: "policy" };
 addEventListener("keydown", (event) => {
-  const isTyping = event.target.closest?.("input, select"), isButton = event.target.closest?.("button, label");
+  const isButton = event.target.closest?.(BUTTONS), isTyping = !isButton && event.target.closest?.("input, select");
+  isByPointer = false;
+  if (isTyping && event.code === "Enter" && event.target.matches("input") && !event.target.form) playOn(); // what was typed holds
   if (!hands || isTyping || event.ctrlKey || event.altKey || event.metaKey) return;
   if (isButton && (event.code === "Space" || event.code === "Enter")) return; // the button's own keys
   if (hands.key(event, true)) event.preventDefault();
@@ -197,15 +210,19 @@ addEventListener("keydown", (event) => {
 });
 addEventListener("keyup", (event) => hands?.key(event, false));
 
-for (const [id, key] of Object.entries({ num_steps: "num_steps", context: "context", seed: "seed", rate: "fps" }))
+for (const [id, key] of Object.entries(SETTINGS))
   $(id).addEventListener("change", () => {
-    if ($(id).value !== "" && $(id).checkValidity()) link.send({ type: "settings", [key]: Number($(id).value) });
+    const field = $(id);
+    if (field.value !== "" && field.checkValidity()) return link.send({ type: "settings", [key]: Number(field.value) });
+    problem(`${field.labels[0].firstChild.textContent.trim()}: ${field.validationMessage || "expected a number"}`);
+    field.value = state.settings[key];
   });
 $("beside").addEventListener("change", () => link.send({ type: "settings", real: $("beside").checked }));
 $("mode").addEventListener("change", () => state.policy && link.send({ type: "policy", mode: $("mode").value }));
 $("place").addEventListener("submit", (event) => {
   event.preventDefault();
   link.send({ type: "restart", where: "recorded", episode: Number($("episode").value), step: Number($("place-step").value) });
+  playOn();
 });
 $("image").addEventListener("change", async () => {
   const [file] = $("image").files;

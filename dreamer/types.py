@@ -116,7 +116,13 @@ class ActionSpace:
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> ActionSpace:
-        return cls(tuple(ActionComponent(**{**c, "labels": tuple(c.get("labels", ()))}) for c in data))
+        """Raises ``ValueError``, ``TypeError`` or ``AttributeError`` for what ``to_json`` cannot have given."""
+        components = tuple(ActionComponent(**{**c, "labels": tuple(c.get("labels", ()))}) for c in data)
+        for c in components:  # the class itself trusts its caller's types
+            is_text = all(isinstance(text, str) for text in (c.name, *c.labels))
+            if not is_text or type(c.size) is not int or c.size >= 1 << 31 or not {type(c.low), type(c.high)} <= {int, float}:
+                raise TypeError(f"action component {str(c)[:200]}")
+        return cls(components)
 
 
 @dataclass(frozen=True)

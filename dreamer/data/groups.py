@@ -47,7 +47,7 @@ def read_groups(folder: Path) -> Groups | None:
     try:
         found = json.loads(file.read_text())
         groups = Groups(int(found["shard_episodes"]), tuple((str(name), str(stamp)) for name, stamp in found["sources"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error!r}); pretokenize into another folder") from error
     if groups.shard_episodes < 1:
         raise ValueError(f"{file}: shard_episodes is {groups.shard_episodes}; expected at least 1")

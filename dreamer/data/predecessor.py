@@ -58,7 +58,7 @@ def open_latents(path: Path | str) -> LatentStore:
     out = path / CONVERTED
     if out.exists():
         store = LatentStore(out)
-        if store.extra["files"] != _fingerprint(_folders(path)):
+        if store.extra.get("files") != _fingerprint(_folders(path)):
             raise ValueError(f"{path}: its episodes changed since {out} was made from them; remove {out} to convert them again")
         return store
     warnings.warn(

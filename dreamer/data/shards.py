@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
 import time
@@ -86,7 +87,7 @@ class Shard:
             self.header: dict[str, Any] = json.loads(text[8:])
             if not isinstance(self.header.get("episodes"), list):
                 raise ValueError("its header lists no episodes")
-        except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise self.damage(error) from error
 
     @property
@@ -202,7 +203,7 @@ def read_store_file(path: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{path}: no {kind} store here ({STORE_FILE} is missing)")
     try:
         meta = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read ({error})") from error
     if not isinstance(meta, dict) or meta.get("kind") != kind or meta.get("format") != 1:
         got = f"kind {meta.get('kind')!r}, format {meta.get('format')!r}" if isinstance(meta, dict) else type(meta).__name__
@@ -224,8 +225,9 @@ class ShardedStore:
         self.meta = read_store_file(self.path, self.kind)
         try:
             self._rows = self._open_meta(self.meta)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{self.path / STORE_FILE}: not a valid {self.kind} store ({error!r})") from error
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            what = error if type(error) is ValueError else repr(error)
+            raise ValueError(f"{self.path / STORE_FILE}: not a valid {self.kind} store ({what})") from error
         store_checksum = checksum(canonical(self.meta, str(self.path)).encode())
         self._entries: list[dict[str, Any]] = []
         self._places: list[tuple[Shard, int]] = []  # shard and first row of each episode
@@ -235,8 +237,8 @@ class ShardedStore:
                 raise ValueError(f"{shard.path}: belongs to another store, or {STORE_FILE} beside it was changed")
             row = 0
             for entry in shard.header["episodes"]:
-                if any(not isinstance(entry.get(k), t) for k, t in self.entry_types.items()) or entry["length"] < 1:
-                    raise shard.damage(f"an episode is described by {entry}")
+                if not _is_entry(entry, self.entry_types):
+                    raise shard.damage(f"an episode is described by {str(entry)[:200]}")
                 self._entries.append(entry)
                 self._places.append((shard, row))
                 row += entry["length"]
@@ -310,6 +312,22 @@ class ShardedStore:
             digest.update(canonical([entry["checksum"], entry["length"], entry["task"]], str(self.path)).encode())
             prints.append(digest.hexdigest()[:32])
         return prints
+
+
+def _is_entry(entry: Any, types: dict[str, type]) -> bool:
+    """Whether a header describes an episode with all that is read of it, in numbers that arrays can hold."""
+    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in types.items()):
+        return False
+    numbers = [entry[key] for key, kind in types.items() if kind in (int, float)]
+    return entry["length"] > 0 and all(math.isfinite(n) and abs(n) < 1 << 63 for n in numbers)
+
+
+def positive(meta: dict[str, Any], *names: str) -> None:
+    """Raise ``ValueError`` unless these constants of a store are whole numbers above 0, or lists of such."""
+    for name in names:
+        values = meta[name] if isinstance(meta[name], list) else [meta[name]]
+        if not values or any(type(value) is not int or not 0 < value < 1 << 31 for value in values):
+            raise ValueError(f"{name} is {str(meta[name])[:80]}; expected whole numbers above 0")
 
 
 def rows_checksum(rows: dict[str, np.ndarray]) -> int:

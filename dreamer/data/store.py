@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +14,11 @@ from jaxtyping import Bool, Float, Float32, Integer, UInt8
 
 from dreamer.data.checks import check_episode
 from dreamer.data.groups import Source, read_groups
-from dreamer.data.shards import Rows, Shard, ShardedStore, ShardedWriter, checksum, rows_checksum, shard_path, write_shard
+from dreamer.data.shards import Rows, Shard, ShardedStore, ShardedWriter, checksum, positive, rows_checksum, shard_path, write_shard
 from dreamer.types import ActionSpace, Episode
 
 Codec = Literal["zlib", "raw"]
+MAX_DECODED_BYTES = 8 << 30  # of the frames that are asked for at once
 
 
 class EpisodeWriter(ShardedWriter):
@@ -101,11 +103,14 @@ class EpisodeStore(ShardedStore):
         self._first_bytes = self._index_bytes()
 
     def _open_meta(self, meta: dict[str, Any]) -> Rows:
+        positive(meta, "frame_shape")
         self.action_space = ActionSpace.from_json(meta["action_space"])
         self.frame_shape: tuple[int, ...] = tuple(meta["frame_shape"])
         self.fps = float(meta["frames_per_second"])
         self.codec: str = meta["codec"]
-        self.extra: dict[str, Any] = meta["extra"] or {}
+        self.extra: dict[str, Any] = _extra(meta)
+        if len(self.frame_shape) != 3 or not 0 < self.fps < math.inf or self.codec not in ("zlib", "raw"):
+            raise ValueError(f"frame_shape {self.frame_shape}, frames_per_second {self.fps}, codec {str(self.codec)[:80]!r}")
         return {
             "actions": ("float32", (self.action_space.num_columns,)),
             "action_mask": ("bool", ()),
@@ -152,6 +157,8 @@ class EpisodeStore(ShardedStore):
         rows = self.arrays(index, start, stop)
         first = self.arrays(index, start - 1, start)["frame_ends"] if start else [0]
         ends = np.append(first, rows["frame_ends"]) + self._first_bytes[index]
+        if (num_bytes := (len(ends) - 1) * math.prod(self.frame_shape)) > MAX_DECODED_BYTES:
+            raise ValueError(f"{shard.path}: episode {index}: {num_bytes} bytes unpacked, more than {MAX_DECODED_BYTES}; read a part of it")
         out = np.empty((len(ends) - 1, *self.frame_shape), np.uint8)
         for i, expected in enumerate(rows["frame_checksums"]):
             blob = shard.arrays["frame_bytes"][ends[i] : ends[i + 1]]
@@ -299,6 +306,8 @@ class LatentStore(ShardedStore):
         super().__init__(path)
         groups = read_groups(self.path)  # None: the store was not pretokenized but written by hand, shard after shard
         self.num_groups = len(self.shards) if groups is None else len(groups)
+        for shard in self.shards:
+            _check_group(shard)
         prints = {shard.number: shard.header["source_fingerprint"] for shard in self.shards}
         self.finished = set(prints) if groups is None else {n for n in range(len(groups)) if prints.get(n) == groups.fingerprint(n)}
         if not allow_partial and not self.is_complete:
@@ -317,13 +326,16 @@ class LatentStore(ShardedStore):
         return [left_out for shard in self.shards for left_out in shard.header["quarantine"]]
 
     def _open_meta(self, meta: dict[str, Any]) -> Rows:
+        positive(meta, "token_grid", "latent_channels", "temporal_stride", "actions_per_step")
         self.action_space = ActionSpace.from_json(meta["action_space"])
         self.token_grid: tuple[int, int] = (meta["token_grid"][0], meta["token_grid"][1])
         self.latent_channels: int = meta["latent_channels"]
         self.temporal_stride: int = meta["temporal_stride"]  # frames of a latent step
         self.actions_per_step: int = meta["actions_per_step"]  # as many, or 1 where the others were dropped
         self.tokenizer_fingerprint: str = meta["tokenizer_fingerprint"]
-        self.extra: dict[str, Any] = meta["extra"] or {}
+        self.extra: dict[str, Any] = _extra(meta)
+        if meta["dtype"] not in ("float32", "float16") or not isinstance(self.tokenizer_fingerprint, str):
+            raise ValueError(f"dtype {str(meta['dtype'])[:80]}, tokenizer_fingerprint {str(self.tokenizer_fingerprint)[:80]}")
         return _latent_rows(meta)
 
     def latents(self, index: int, start: int = 0, stop: int | None = None) -> Float[np.ndarray, "T N Z"]:
@@ -345,6 +357,22 @@ class LatentStore(ShardedStore):
                 f"{self.path}: was made with the actions {made!r}, not {actions!r}; set data.actions={made} (or --actions {made}), or "
                 "pretokenize into another folder"
             )
+
+
+def _check_group(shard: Shard) -> None:
+    """Raise ``ValueError`` unless the shard's header says what it was made from."""
+    quarantine = shard.header.get("quarantine")
+    is_list = isinstance(quarantine, list) and all(isinstance(q, dict) and {"name", "reason"} <= q.keys() for q in quarantine)
+    if not is_list or not isinstance(shard.header.get("source_fingerprint"), str):
+        raise shard.damage("its header does not say what it was made from")
+
+
+def _extra(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the writer kept beside the constants. Its sections are read by name."""
+    extra = meta["extra"] or {}
+    if not isinstance(extra, dict) or any(not isinstance(extra.get(name, {}), dict) for name in ("pretokenize", "tokenizer", "source")):
+        raise ValueError(f"extra is {str(extra)[:80]}")
+    return extra
 
 
 def _latent_rows(meta: dict[str, Any]) -> Rows:

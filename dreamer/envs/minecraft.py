@@ -56,7 +56,7 @@ class MinecraftConfig(Config):
 
 
 class MineRLConfig(MinecraftConfig):
-    id: str = Field("MineRLTreechop-v0", pattern="^MineRL")
+    id: str = Field("MineRLTreechop-v0", pattern="^MineRL[^:]*$")  # Gym would import the module before a colon
     actions: Literal["minerl", "minerl_items", "vpt"] | None = None  # as in the recordings; None: vpt where there are its keys, or minerl
     length: int | None = Field(None, ge=1)  # time limit in ticks; None: the environment's own
 

@@ -43,16 +43,16 @@ class Chart:
 def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     """``metrics.jsonl`` of a run as ``{key: (steps, values)}``."""
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = {str(key): float(value) for key, value in json.loads(line).items()}
             step = row.pop("step")
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: not a metrics row ({error!r}); expected a JSON object with 'step'") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not a metrics row ({error!r}); expected a JSON object of numbers with 'step'") from error
         for key, value in row.items():
             steps, values = curves.setdefault(key, ([], []))
-            steps.append(float(step))
-            values.append(float(value))
+            steps.append(step)
+            values.append(value)
     return curves
 
 

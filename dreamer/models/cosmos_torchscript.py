@@ -68,6 +68,13 @@ def read_torchscript_code(path: Path) -> str:
         raise ValueError(f"{path}: the code in this TorchScript archive cannot be read ({error}); get the file again") from error
 
 
+def require_small_archive(path: Path, max_bytes: int) -> None:
+    """Raise ``ValueError`` if what ``torch.save`` wrote is no zip file, or unpacks to more than ``max_bytes``."""
+    with zipfile.ZipFile(path) as archive:
+        if (size := sum(entry.file_size for entry in archive.infolist())) > max_bytes:
+            raise ValueError(f"it unpacks to {size} bytes, more than {max_bytes}")
+
+
 def _starts_like(path: Path) -> str:
     """What the usual mistakes look like, in words."""
     try:

@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import json
 import logging
-import pickle
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -28,10 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchscript_tensors
+from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchscript_tensors, require_small_archive
 
 Checksums = Literal["report", "require"]
 REPOSITORIES = ("nvidia/Cosmos-1.0-Tokenizer-CV8x8x8", "nvidia/Cosmos-0.1-Tokenizer-CV8x8x8", "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
+
+MAX_STATISTICS_BYTES = 1 << 24  # mean_std.pt, unpacked: some kB
 
 # MD5 of the files of nvidia/Cosmos-Tokenize1-CV8x8x8-720p, from its checksum list. Those of the other releases are not known here.
 KNOWN_MD5 = {
@@ -229,10 +230,11 @@ def read_mean_std(folder: Path, latent_channels: int) -> dict[str, list[float]] 
         _warn_of_statistics(path)
         return None
     try:
+        require_small_archive(path, MAX_STATISTICS_BYTES)
         mean, std = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = mean.float().flatten(), std.float().flatten()
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: not readable as a pair of tensors ({error}); get the file again") from error
+    except Exception as error:  # PyTorch's unpickler raises many kinds for a damaged or a hostile file
+        raise ValueError(f"{path}: not readable as a pair of tensors ({type(error).__name__}: {error}); get the file again") from error
     if not len(mean) or len(mean) % latent_channels or mean.shape != std.shape:
         raise ValueError(f"{path}: {len(mean)} means and {len(std)} deviations do not divide into {latent_channels} channels")
     return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.charts import Chart, metrics_chart, read_metrics
 from dreamer.evaluation.latent_dreams import LatentResult
 from dreamer.evaluation.report import AgentClip, DreamClip, KeyFigure, Reconstructions, ReportData, ReturnRow, write_report
 from dreamer.evaluation.video import COPY_LAST_FRAME, RECONSTRUCTION, SHUFFLED_ACTIONS, TRUE_ACTIONS, WorldModelResult
 from dreamer.pipeline.evaluate import read_clips
 from dreamer.pipeline.run import Run
+from dreamer.pipeline.run_files import AgentFile, LatentFile, WorldModelFile, read_file
 from dreamer.training.checkpoint import read_json, read_tensors
 
 Curves = dict[str, str]
+ResultKey = Literal["result", "training"]
 # title, run, {key of metrics.jsonl: label}, options of the chart
 CHARTS: list[tuple[str, str, Curves, dict[str, Any]]] = [
     (
@@ -45,6 +46,7 @@ CHARTS: list[tuple[str, str, Curves, dict[str, Any]]] = [
     ),
     ("Phase 3: policy", "phase3", {"kl": "KL to the cloned policy", "entropy": "entropy"}, {"y_label": "nats"}),
 ]
+_AGAIN = "remove it and run dreamer evaluate again"
 MOST_CLIPS = ("scripted", "bc sampled", "agent sampled", "bc argmax", "agent argmax")  # shown of those who played, in this order
 
 
@@ -82,21 +84,16 @@ def write_run_report(run: Run) -> bool:
     return True
 
 
-def world_model_result(run: Run, key: str = "result") -> WorldModelResult | None:
+def world_model_result(run: Run, key: ResultKey = "result") -> WorldModelResult | None:
     """Of held-out episodes, or with the key ``training`` of training episodes, where these were scored."""
-    found = _read(run, "world_model.json", key)
-    return WorldModelResult.from_json(found) if found else None
+    path = run.evaluation_path / "world_model.json"
+    return getattr(read_file(path, WorldModelFile, _AGAIN), key) if path.exists() else None
 
 
-def latent_result(run: Run, key: str = "result") -> LatentResult | None:
+def latent_result(run: Run, key: ResultKey = "result") -> LatentResult | None:
     """What stands for ``world_model_result`` where dreams were scored in latent space."""
-    found = _read(run, "world_model_latents.json", key)
-    return LatentResult.from_json(found) if found else None
-
-
-def _read(run: Run, name: str, key: str) -> dict[str, Any] | None:
-    path = run.evaluation_path / name
-    return read_json(path).get(key) if path.exists() else None
+    path = run.evaluation_path / "world_model_latents.json"
+    return getattr(read_file(path, LatentFile, _AGAIN), key) if path.exists() else None
 
 
 def _latent_figures(run: Run) -> list[KeyFigure]:
@@ -121,8 +118,8 @@ def _memory_figure(spent: dict[str, Any]) -> list[KeyFigure]:
 
 def agent_rows(run: Run) -> list[ReturnRow]:
     path = run.evaluation_path / "agent.json"
-    rows = read_json(path)["rows"] if path.exists() else []
-    return [ReturnRow.of(row["label"], row["role"], AgentResult.from_json(row["result"]), row["mode"]) for row in rows]
+    rows = read_file(path, AgentFile, _AGAIN).rows if path.exists() else []
+    return [ReturnRow.of(row.label, row.role, row.result, row.mode) for row in rows]
 
 
 def _world_model(run: Run) -> tuple[WorldModelResult | None, list[DreamClip], Reconstructions | None]:

@@ -5,62 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from dreamer.config import DreamerConfig
 from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.pooled import Figure, pool_returns, pool_world_models
 from dreamer.evaluation.video import WorldModelResult
+from dreamer.pipeline.run_files import AgentFile, RunFile, WorldModelFile, read_file
 from dreamer.pipeline.targets import Check, check_targets
-from dreamer.training.checkpoint import read_json
 from dreamer.yaml_config import load_config
 
 MAY_DIFFER = ("seed", "run_dir")
-
-# What is read of the files in a run's evaluation/. Other keys may stand beside it.
-
-
-class WorldModelFile(BaseModel):
-    result: WorldModelResult
-    training: WorldModelResult | None = None
-
-
-class Row(BaseModel):
-    model_config = ConfigDict(arbitrary_types_allowed=True)  # the videos of a result are arrays
-
-    label: str
-    role: str
-    mode: str | None
-    result: AgentResult
-
-
-class AgentFile(BaseModel):
-    rows: list[Row]
-
-
-class Hardware(BaseModel, extra="allow"):
-    __pydantic_extra__: dict[str, str]
-
-    CPU: str
-    threads: str
-
-
-class Stage(BaseModel):
-    seconds: float
-    peak_memory_mb: float
-
-
-class RunFile(BaseModel):
-    command: str = ""
-    hardware: Hardware
-    versions: dict[str, str] = Field(default_factory=dict)
-    revisions: list[str | None] = Field(default_factory=list)
-    stages: dict[str, Stage] = Field(min_length=1)
-
-
-FileT = TypeVar("FileT", WorldModelFile, AgentFile, RunFile)
 
 
 @dataclass(frozen=True)
@@ -165,11 +120,11 @@ def read_finished(path: Path) -> Finished:
         if not file.is_file():
             raise ValueError(f"{file}: does not exist; this run is not finished, run: dreamer {verb} --config {path / 'config.yaml'}")
     remove, again = "remove it and run: dreamer evaluate", f"--config {path / 'config.yaml'}"
-    rows = _read(evaluation / "agent.json", AgentFile, f"{remove} agent {again}").rows if config.env is not None else []
+    rows = read_file(evaluation / "agent.json", AgentFile, f"{remove} agent {again}").rows if config.env is not None else []
     keys = [row.role if row.mode is None else f"{row.role} {row.mode}" for row in rows]
     labels = [row.label if row.mode is None else f"{row.label}, {row.mode}" for row in rows]
-    spent = _read(evaluation / "run.json", RunFile, "restore it, or make the run again in another run_dir: times are measured only once")
-    dreams = _read(evaluation / "world_model.json", WorldModelFile, f"{remove} world-model {again}")
+    spent = read_file(evaluation / "run.json", RunFile, "restore it, or make the run again elsewhere: times are measured only once")
+    dreams = read_file(evaluation / "world_model.json", WorldModelFile, f"{remove} world-model {again}")
     return Finished(
         path=path,
         config=config,
@@ -179,15 +134,6 @@ def read_finished(path: Path) -> Finished:
         labels=dict(zip(keys, labels, strict=True)),
         spent=spent.model_dump(exclude_unset=True),
     )
-
-
-def _read(path: Path, kind: type[FileT], remedy: str) -> FileT:
-    """``ValueError`` names the file and the remedy if it does not hold what is read of it."""
-    try:
-        return kind.model_validate(read_json(path, remedy))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}); {remedy}") from error
 
 
 def _check_comparable(runs: Sequence[Finished]) -> None:

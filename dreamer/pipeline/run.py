@@ -26,7 +26,8 @@ from dreamer.data.pretokenized_dataset import Ids
 from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent, create_cosmos_tokenizer_from_config
-from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
+from dreamer.pipeline.run_files import SpentFile, read_file
+from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_state
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
 from dreamer.yaml_config import save_config
@@ -209,7 +210,9 @@ class Run:
         """``evaluation/run.json``: command, hardware, versions, revisions, and by stage the seconds, the peak memory in MB and
         its newest command."""
         path = self.evaluation_path / "run.json"
-        return read_json(path) if path.exists() else {"stages": {}}
+        if not path.exists():
+            return {"stages": {}}
+        return read_file(path, SpentFile, "restore it, or remove it: times are measured only once").model_dump(exclude_unset=True)
 
     def seconds(self, stage: str) -> float:
         """Time that all calls of a stage took together. ``ValueError`` if it was never run."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dreamer.evaluation.intervals import Interval
-from dreamer.pipeline.report import agent_rows, latent_result, world_model_result
+from dreamer.pipeline.report import ResultKey, agent_rows, latent_result, world_model_result
 from dreamer.pipeline.run import Run
 
 
 def key_figures(run: Run) -> list[str]:
     """World model, returns, time and memory; what is missing is left out."""
     lines = []
-    for key, kind in {"result": "held-out", "training": "training"}.items():
+    kinds: dict[ResultKey, str] = {"result": "held-out", "training": "training"}
+    for key, kind in kinds.items():
         if result := world_model_result(run, key):
             lines.append(f"world model, {result.horizon} frames open loop on {result.num_episodes} {kind} episodes")
             for name, score in result.scores.items():

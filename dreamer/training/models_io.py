@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import pydantic
 import torch
@@ -16,6 +17,16 @@ from dreamer.models.cosmos_weights import ScriptedCosmos, build_network
 from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_tensors
 from dreamer.types import ActionSpace, Tokenizer
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+_NO_MODEL = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    ZeroDivisionError,
+)
 AnyTokenizer: TypeAlias = CausalTokenizer | CosmosTokenizerWrapper  # what TOKENIZERS names
 
 
@@ -83,13 +94,7 @@ def load_tokenizer(path: Path, device: torch.device | str = "cpu") -> AnyTokeniz
     """
     checkpoint = find_checkpoint(path)
     info = _read_info(checkpoint, "tokenizer")
-    try:
-        tokenizer = TOKENIZERS[info["tokenizer"]].build(info)
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error.__cause__, ImportError):  # something is not installed: the checkpoint is sound
-            raise
-        raise _damaged(checkpoint, error) from error
-    load_weights(tokenizer, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
+    tokenizer = _filled(checkpoint, info, lambda: TOKENIZERS[info["tokenizer"]].build(info))
     return tokenizer.to(device).requires_grad_(False).eval()
 
 
@@ -102,28 +107,58 @@ def load_agent(path: Path, device: torch.device | str = "cpu", expected: AgentCo
     info = _read_info(checkpoint, "agent")
     try:
         config = AgentConfig.model_validate(info["config"])
-        rows, columns = info["token_grid"]
-        agent = Agent(
-            config,
-            action_space=ActionSpace.from_json(info["action_space"]),
-            token_grid=(rows, columns),
-            latent_channels=info["latent_channels"],
-            actions_per_step=info["actions_per_step"],
-        )
+        space = ActionSpace.from_json(info["action_space"])
         if not isinstance(info["tokenizer"], str) or not isinstance(info["phase"], str):
             raise TypeError("tokenizer and phase are not text")
-    except (KeyError, TypeError, ValueError) as error:
+    except _NO_MODEL as error:
         raise _damaged(checkpoint, error) from error
     if expected is not None and (difference := settings_difference(config.model_dump(), expected.model_dump())):
         raise ValueError(f"{checkpoint}: was trained with agent.{difference}; use the same config, or another run_dir to start anew")
-    load_weights(agent, read_tensors(checkpoint / "model.safetensors"), checkpoint / "model.safetensors")
-    return agent.to(device).eval(), info
+
+    def build() -> Agent:
+        rows, columns = info["token_grid"]
+        sizes = {name: info[name] for name in ("latent_channels", "actions_per_step")}
+        return Agent(config, action_space=space, token_grid=(rows, columns), **sizes)
+
+    return _filled(checkpoint, info, build).to(device).eval(), info
 
 
 def weights_fingerprint(path: Path) -> str:
     """SHA-256 of the weights of a checkpoint, or of the newest of a run."""
     with (find_checkpoint(path) / "model.safetensors").open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _filled(checkpoint: Path, info: dict[str, Any], build: Callable[[], ModuleT]) -> ModuleT:
+    """What ``build`` makes of ``info``, with the weights of the checkpoint.
+
+    It is built without content first: sizes that the weights do not have must not ask for the memory of a model.
+    """
+    file = checkpoint / "model.safetensors"
+    tensors = read_tensors(file)
+    try:
+        if (num := _most_layers(info)) > len(tensors):
+            raise ValueError(f"{num} layers, in {len(tensors)} tensors")
+        with torch.device("meta"):
+            hollow = build()
+    except _NO_MODEL as error:
+        if isinstance(error.__cause__, ImportError):  # something is not installed: the checkpoint is sound
+            raise
+        raise _damaged(checkpoint, error) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch notes that nothing is copied
+        load_weights(hollow, tensors, file)
+    model = build()
+    load_weights(model, tensors, file)
+    return model
+
+
+def _most_layers(value: Any) -> int:
+    """The largest of all values called num_layers: each layer is built, also without content."""
+    if not isinstance(value, dict):
+        return 0
+    own = [n for n in (value.get("num_layers"),) if isinstance(n, int)]
+    return max([0, *own, *map(_most_layers, value.values())])
 
 
 def _read_info(checkpoint: Path, kind: str) -> dict[str, Any]:

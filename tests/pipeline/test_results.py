@@ -180,7 +180,7 @@ def test_unfinished_runs_are_refused(finished: Callable[..., Path], file: str, s
     [
         ("world_model.json", "remove it and run: dreamer evaluate world-model --config .*seed_1/config.yaml"),
         ("agent.json", "remove it and run: dreamer evaluate agent --config .*seed_1/config.yaml"),
-        ("run.json", "restore it, or make the run again in another run_dir"),
+        ("run.json", "restore it, or make the run again elsewhere"),
     ],
 )
 def test_damaged_results_are_named_with_the_remedy(finished: Callable[..., Path], name: str, remedy: str, text: str) -> None:

@@ -109,3 +109,24 @@ def test_the_fingerprint_is_of_the_weights(make_run: Callable[..., Run], tmp_pat
     first = weights_fingerprint(run.path / "tokenizer")
     assert first == weights_fingerprint(run.path / "tokenizer" / "checkpoints" / "step_00000007")
     assert first != weights_fingerprint(run.path / "tokenizer" / "checkpoints" / "step_00000006")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("dynamics", "transformer", "width"), 1 << 22),
+        (("dynamics", "transformer", "num_layers"), 10**9),
+        (("heads", "hidden"), 10**9),
+        (("heads", "num_bins"), 10**9 + 1),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_ask_for_no_memory(agent: Agent, tmp_path: Path, place: tuple[str, ...], value: int) -> None:
+    """A model.json of a few hundred bytes could ask for terabytes, or for ever."""
+    info = agent_info(agent, tokenizer_fingerprint="abc", phase="phase2")
+    section = info["config"]
+    for name in place[:-1]:
+        section = section[name]
+    section[place[-1]] = value
+    at = save(tmp_path, agent, info)
+    with pytest.raises(ValueError, match=re.escape(str(at))):
+        load_agent(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
@@ -11,8 +13,25 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import UInt8
 
-MAX_PIXELS = 1 << 26  # of a frame as it is stored
+from dreamer.data.readers.ends import missing_bytes
+
+# Of a frame as it is stored: 8K just fits. FFmpeg itself is told, so that larger ones are refused before memory is asked for.
+MAX_PIXELS = 1 << 25
 MAX_SIDE = 4096  # of a frame as it is read
+MAX_TOTAL_PIXELS = 1 << 37  # of all frames as they are stored: 8 hours of 640x360 at 20 a second
+MAX_DECODED_BYTES = 8 << 30  # of all frames as they are read
+MAX_STREAMS = 16
+MAX_RATE = 1000.0  # frames per second
+# Other formats that FFmpeg knows name further files or addresses to read (playlists, lists of parts), or are hardly ever tested.
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+CODECS = {"av1", "ffv1", "h264", "hevc", "huffyuv", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4v3", "prores", "rawvideo"}
+CODECS |= {"theora", "vp8", "vp9"}
+_LIMITS = {
+    "format_whitelist": FORMATS,
+    "protocol_whitelist": "file",
+    "max_pixels": str(MAX_PIXELS),
+    "max_streams": str(MAX_STREAMS + 1),
+}
 
 # Draws on frame t, or gives None: the frame stays as it is.
 Paint = Callable[[int, av.VideoFrame], UInt8[np.ndarray, "H W 3"] | None]
@@ -35,24 +54,27 @@ def decode_frames(file: Path, size: tuple[int, int], max_frames: int, paint: Pai
     frames: list[np.ndarray] = []
     plain, painted = VideoReformatter(), VideoReformatter()  # one for all frames: four times as fast as frame.to_ndarray
     height, width = size
+    max_bytes, num_pixels = MAX_DECODED_BYTES // (3 * height * width), 0
     try:
-        with av.open(str(file), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            if stream.codec_context is None:  # in spite of what PyAV's types say
-                raise ValueError(f"{file}: cannot be decoded: its codec is not known; convert it or move it away")
-            stream.codec_context.thread_count = 2
+        with _open(file) as (container, stream):
             for frame in container.decode(stream):
+                num_pixels += frame.width * frame.height
                 if len(frames) == max_frames:
                     raise ValueError(f"{file}: more than {max_frames} frames; cut it, or raise max_frames")
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise ValueError(f"{file}: frames of {frame.width}x{frame.height}; expected at most {MAX_PIXELS} pixels")
+                if len(frames) == max_bytes or num_pixels > MAX_TOTAL_PIXELS:
+                    raise ValueError(
+                        f"{file}: more than {len(frames)} frames of {frame.width}x{frame.height}, read as {width}x{height}: too much for "
+                        f"one recording ({MAX_TOTAL_PIXELS} pixels stored, {MAX_DECODED_BYTES} bytes read); cut it, or set a smaller size"
+                    )
                 drawn = None if paint is None else paint(len(frames), frame)
                 source = frame if drawn is None else av.VideoFrame.from_ndarray(drawn, format="rgb24")
                 reformatter = plain if drawn is None else painted
                 rgb = reformatter.reformat(source, width, height, "rgb24", interpolation=Interpolation.AREA)
                 frames.append(rgb.to_ndarray().transpose(2, 0, 1))
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{file}: cannot be decoded after {len(frames)} frames ({error}); repair it or move it away") from error
+        # what FFmpeg says of pictures beyond max_pixels
+        large = f"; or its frames have more than the allowed {MAX_PIXELS} pixels" if isinstance(error, av.error.ArgumentError) else ""
+        raise ValueError(f"{file}: cannot be decoded after {len(frames)} frames ({error}{large}); repair it or move it away") from error
     if not frames:
         raise ValueError(f"{file}: holds no frame that can be decoded; repair it or move it away")
     if (missing := missing_bytes(file)) > 0:
@@ -62,19 +84,25 @@ def decode_frames(file: Path, size: tuple[int, int], max_frames: int, paint: Pai
     return np.stack(frames)
 
 
-def missing_bytes(file: Path) -> int:
-    """How much of an mp4 was cut off. With its index in front, as in files made for streaming, the rest decodes without an error."""
-    end, place = file.stat().st_size, 0
-    with file.open("rb") as stream:
-        while place + 8 <= end:  # from box to box
-            stream.seek(place)
-            head = stream.read(16)
-            size = int.from_bytes(head[:4], "big")
-            size = int.from_bytes(head[8:], "big") if size == 1 else size or end - place
-            if size < 8 or (place == 0 and head[4:8] != b"ftyp"):
-                return 0  # another format
-            place += size
-    return max(0, place - end)
+@contextmanager
+def _open(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream, which has a codec that is known and frames of a size that is allowed."""
+    with av.open(str(file), metadata_errors="replace", options=_LIMITS) as container:
+        if (num := len(container.streams)) > MAX_STREAMS:
+            raise ValueError(f"{file}: {num} streams; expected at most {MAX_STREAMS}")
+        stream = container.streams.video[0]
+        context: Any = stream.codec_context  # None for an unknown codec, in spite of what PyAV's types say
+        name = getattr(getattr(context, "codec", None), "canonical_name", None)
+        if name not in CODECS:
+            known = ", ".join(sorted(CODECS))
+            raise ValueError(
+                f"{file}: cannot be decoded: its codec is {name or 'not known'}; expected one of {known}; convert it or move it away"
+            )
+        if context.width * context.height > MAX_PIXELS:
+            raise ValueError(f"{file}: frames of {context.width}x{context.height}; expected at most {MAX_PIXELS} pixels")
+        context.thread_count = 2
+        context.options = {"max_pixels": str(MAX_PIXELS)}  # a frame may be larger than the header says
+        yield container, stream
 
 
 def resize_frames(frames: UInt8[np.ndarray, "F H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "F 3 H2 W2"]:
@@ -91,10 +119,12 @@ def resize_frames(frames: UInt8[np.ndarray, "F H W 3"], size: tuple[int, int]) -
 def frame_rate(file: Path) -> float:
     """Frames per second as the header says. Raises ``ValueError`` naming the file if it cannot be opened or says nothing."""
     try:
-        with av.open(str(file), metadata_errors="replace") as container:
+        with av.open(str(file), metadata_errors="replace", options=_LIMITS) as container:
             rate = container.streams.video[0].average_rate
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{file}: not a video that can be opened ({error}); repair it or move it away") from error
     if not rate:
         raise ValueError(f"{file}: says nothing about its frame rate; give frames_per_second")
+    if not 0 < rate <= MAX_RATE:
+        raise ValueError(f"{file}: says {float(rate):g} frames per second; expected at most {MAX_RATE:g}; give frames_per_second")
     return float(rate)

@@ -18,28 +18,29 @@ from typing import Any
 import pytest
 import torch
 
-
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "smoke.json"
 PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
 
 # Other processors add in another order. The smoke run was repeated with the kernels for AVX2 and for SSE alone (of ATen, MKL and oneDNN),
-# with MKL_CBWR=COMPATIBLE, and on two threads. At worst a total loss was 0.15 % off, a gradient's norm 0.7 %, a part of a loss 1.6 % (KLs
-# and bootstrap losses, which are small differences). Each bound is three times that.
-TOLERANCES = {"loss": 0.005, "grad_norm": 0.02}
-TOLERANCE_OF_PARTS = 0.05
+# with MKL_CBWR=COMPATIBLE, and on two threads. Each bound is about three times what was the worst then: 0.15 % of a total loss, 0.7 % of a
+# gradient's norm, 1.6 % of KLs and bootstrap losses, which are small differences, 1.1 % of dreamed rewards, and 0.41 % of all others.
+TOLERANCES = {"loss": 0.005, "grad_norm": 0.02, "kl": 0.05, "bootstrap_loss": 0.05, "imagined_reward": 0.035, "imagined_return": 0.035}
+TOLERANCE_OF_OTHERS = 0.0125
+NOT_COMPARED = {"val_action_gap_db", "val_bc_accuracy", "positive_share"}  # a difference of equals, and counts, which may jump
 
 Losses = dict[str, list[dict[str, float]]]  # of each phase, by row of its metrics.jsonl
 
 
+def plain(key: str) -> str:
+    return key.removeprefix("val_")
+
+
 def losses_of(run: Path) -> Losses:
-    """What a training minimises, and its parts, in all rows of all phases."""
-
-    def is_kept(key: str) -> bool:
-        return key in ("step", "grad_norm", "kl") or key.endswith(("loss", "mse"))
-
+    """What is compared of the metrics of all phases."""
     rows = {phase: [json.loads(line) for line in (run / phase / "metrics.jsonl").read_text().splitlines()] for phase in PHASES}
-    return {phase: [{key: value for key, value in row.items() if is_kept(key)} for row in found] for phase, found in rows.items()}
+    left_out = NOT_COMPARED | {f"val_{key}" for key in NOT_COMPARED}
+    return {phase: [{key: value for key, value in row.items() if key not in left_out} for row in found] for phase, found in rows.items()}
 
 
 def differences(expected: Losses, got: Losses) -> list[str]:
@@ -55,7 +56,7 @@ def differences(expected: Losses, got: Losses) -> list[str]:
             if old.keys() != new.keys():
                 found.append(f"{where}: {', '.join(sorted(old.keys() ^ new.keys()))} in one of them alone")
             for key in old.keys() & new.keys():
-                if not math.isclose(old[key], new[key], rel_tol=TOLERANCES.get(key, TOLERANCE_OF_PARTS)):
+                if not math.isclose(old[key], new[key], rel_tol=TOLERANCES.get(plain(key), TOLERANCE_OF_OTHERS)):
                     found.append(f"{where}: {key} is {new[key]:.6g}; expected {old[key]:.6g}")
     return found
 
@@ -66,7 +67,7 @@ def test_losses_are_those_of_the_golden_file(smoke_run: Path) -> None:
     assert not found, "\n".join([*found, "", f"If that is meant: python tests/test_determinism.py. Made with: {golden['made_with']}"])
 
 
-@pytest.mark.parametrize(("key", "factor"), [("loss", 1.006), ("grad_norm", 0.97), ("value_loss", 1.06), ("val_policy_loss", 0.94)])
+@pytest.mark.parametrize(("key", "factor"), [("loss", 1.006), ("grad_norm", 0.97), ("val_kl", 1.06), ("value_loss", 0.98)])
 def test_a_change_of_a_few_percent_is_seen(key: str, factor: float) -> None:
     golden = json.loads(GOLDEN.read_text())["losses"]
     changed = json.loads(json.dumps(golden))

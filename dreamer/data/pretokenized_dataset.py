@@ -109,9 +109,9 @@ def batches(
 
     The first ``round(relevant_fraction * batch_size)`` rows are drawn from ``relevant_episodes`` and marked ``is_relevant``; the others
     are drawn uniformly from the dataset. With ``long``, every ``long_every``-th batch has fewer rows (``long_batch_size``), which come from
-    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by ``num_workers`` threads (either 0: none),
-    whose number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError`` for relevant rows
-    without relevant episodes.
+    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by ``num_workers`` threads (0 of
+    either: none), whose number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError``
+    for relevant rows without relevant episodes.
     """
     if not 0 <= relevant_fraction <= 1:
         raise ValueError(f"relevant_fraction is {relevant_fraction}; expected 0 to 1")

@@ -129,7 +129,7 @@ def on_the_fly(name: str, store: EpisodeStore, tokenizer: Tokenizer, rows: int, 
 def loaded(store: LatentStore, num_workers: int, device: torch.device, seconds: float, reference: Rate) -> Rate:
     """Windows as training gets them. num_workers: threads; 0 for none."""
     dataset = PretokenizedDataset(store, STEPS)
-    with closing(batches(dataset, batch_size=ROWS, seed=0, prefetch=2 * num_workers, num_workers=max(1, num_workers))) as stream:
+    with closing(batches(dataset, batch_size=ROWS, seed=0, prefetch=2 * num_workers, num_workers=num_workers)) as stream:
 
         def make() -> int:
             next(stream).to(device)

@@ -12,6 +12,7 @@ import sys
 import time
 import webbrowser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,6 +154,9 @@ def _add_pretokenize(own: Parser) -> None:
     free.add_argument("--option", action="append", dest="options", metavar="KEY=VALUE", help="of the reader; may be given several times")
     free.add_argument("--tokenizer", type=Path, metavar="DIR", help="a trained one (default: cosmos_tokenizer of the settings)")
     free.add_argument("--shard", metavar="I/N", help="do part I of N, counted from 0 (default: RANK and WORLD_SIZE of torchrun, if set)")
+    text = "who hands out the work; ray: the Ray cluster of RAY_ADDRESS, else one started here (default: local)"
+    free.add_argument("--engine", choices=("local", "ray"), help=text)
+    free.add_argument("--workers", type=int, metavar="N", help="of the engine ray (default: one for each GPU, else for each core)")
     free.add_argument("--strict", action="store_true", help="stop at the first recording that cannot be read")
     free.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: device of the settings")
     free.add_argument(
@@ -203,27 +207,29 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
     names = ("max_episodes", "reader", "options", "strict", "actions", "dtype", "batch_frames", "batch_episodes", "shard_episodes")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None and value is not False}
     if arguments.data_path is None or arguments.output_path is None:
-        others = [name for name in ("data_path", "output_path", "tokenizer", "shard", "device") if getattr(arguments, name)]
+        free = ("data_path", "output_path", "tokenizer", "shard", "engine", "workers", "device")
+        others = [name for name in free if getattr(arguments, name)]
         if others := [*others, *given]:
             told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
             missing = [f"--{name}" for name in ("data-path", "output-path") if getattr(arguments, name.replace("-", "_")) is None]
             raise ValueError(f"got {told} without {' and '.join(missing)}; with none of these, a run's episodes are encoded")
         return _stage("pretokenize")(arguments, command)
-    from dreamer.pipeline.pretokenize import open_tokenizer, own_device, own_share, pretokenize_path
+    from dreamer.pipeline.pretokenize import encode, open_tokenizer
     from dreamer.training.models_io import load_tokenizer
     from dreamer.yaml_config import parse_options
 
-    given |= {"shard": own_share(arguments.shard), "options": parse_options(arguments.options or ())}
+    given["options"] = parse_options(arguments.options or ())
     if arguments.tokenizer is not None:
         if arguments.config or arguments.preset or arguments.overrides:
             raise ValueError("--tokenizer and settings are both given; expected one of them: settings say which other tokenizer to take")
-        tokenizer = load_tokenizer(arguments.tokenizer, own_device(arguments.device or "auto"))
+        open_any, device = partial(load_tokenizer, arguments.tokenizer), "auto"
     else:
         arguments.default_preset = MINECRAFT
         config = _load(arguments)
-        tokenizer = open_tokenizer(config, own_device(arguments.device or config.device))
+        open_any, device = partial(open_tokenizer, config), config.device
         given.setdefault("actions", config.data.actions)
-    store = pretokenize_path(arguments.data_path, arguments.output_path, tokenizer, **given)
+    paths, engine = (arguments.data_path, arguments.output_path), arguments.engine or "local"
+    store = encode(open_any, *paths, engine, arguments.shard, arguments.workers, arguments.device or device, **given)
     print(f"{store.path}: {len(store)} episodes with {store.lengths.sum()} latent steps, {len(store.quarantine)} recordings left out")
     if store.quarantine:
         print(f"why: see {store.path / 'quarantine.json'}")

@@ -168,6 +168,16 @@ def write_minerl() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dreamer demo --preset smoke``, once. Who changes anything in it puts it right again."""
+    from dreamer.cli import main
+
+    path = tmp_path_factory.mktemp("demo") / "smoke"
+    assert main(["demo", "--preset", "smoke", f"run_dir={path}"]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
 def sample_data() -> Path:
     """Real recordings, where there are some."""
     folder = os.environ.get("DREAMER_SAMPLE_DATA")

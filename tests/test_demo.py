@@ -10,11 +10,9 @@ import pytest
 from dreamer.cli import main
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("demo") / "smoke"
-    assert main(["demo", "--preset", "smoke", f"run_dir={path}"]) == 0
-    return path
+@pytest.fixture
+def run(smoke_run: Path) -> Path:
+    return smoke_run
 
 
 def test_every_stage_leaves_its_result(run: Path) -> None:

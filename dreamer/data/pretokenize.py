@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,16 +37,8 @@ def pretokenize(
     path: Path | str,
     *,
     shard: tuple[int, int] = (0, 1),
-    strict: bool = False,
-    actions: Actions = "all",
-    batch_frames: int = 256,
-    batch_episodes: int = 1,
-    device: torch.device | str = "cpu",
-    dtype: Literal["float32", "float16"] = "float32",
-    shard_episodes: int = 32,
-    max_episodes: int | None = None,
-    about: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> LatentStore:
     """Encode the episodes of an ``EpisodeStore`` or of ``Recordings`` and write a ``LatentStore``.
 
@@ -55,64 +47,118 @@ def pretokenize(
     i-th on; n processes with i = 0 .. n - 1 and the same folder share the work, and the last one completes the store.
 
     What is broken is left out and listed in quarantine.json; strict: it is an error. What cannot be read for a reason that may pass (too
-    many open files, a network disk that is away) is never left out: ``OSError``, to run again. actions: "all" of a latent step's frames,
-    or one a step as ``linspace_actions`` chooses it. batch_frames: at most this many frames of an episode are encoded at once; a tokenizer
-    that streams takes longer ones piece by piece, another one whole. batch_episodes: how many are encoded side by side, the shorter
-    ones filled up. about: JSON values to keep with the latents. progress(done, total) is called after each episode.
+    many open files, a network disk that is away) is never left out: ``OSError``, to run again. settings: those of ``GroupMaker``.
+    progress(done, total) is called after each episode.
 
     Raises ``ValueError`` if nothing can be read, if the latents there were made by another tokenizer, with other settings or from other
     episodes, and if the tokenizer's output has another shape than it promises.
     """
-    path, (rank, world), sources = Path(path), shard, list(source.sources)
-    _check_numbers(tokenizer, rank, world, batch_frames, batch_episodes, shard_episodes, max_episodes)
-    found = _open_found(path, tokenizer, actions)
-    used = {"actions": actions, "batch_frames": batch_frames, "batch_episodes": batch_episodes}
-    extra = {"frames_per_second": source.fps, "source": source.extra, "pretokenize": used, **(about or {})}
-    writer = _open_writer(path, source, tokenizer, actions, dtype, extra)
-    if found is None or not len(found):  # before anything is written
-        _require_readable(source, sources[:max_episodes], tokenizer)
-    left_out = {} if found is None else {entry["name"]: entry["reason"] for entry in found.quarantine}  # or moved away since
-    groups = plan_groups(path, sources, source.path, shard_episodes=shard_episodes, max_episodes=max_episodes, left_out=left_out)
-    own, finished = range(rank, len(groups), world), _finished(found, groups, strict)
-    todo = [number for number in own if number not in finished]
-    total = sum(len(groups[number]) for number in own)
-    done = itertools.count(total - sum(len(groups[number]) for number in todo) + 1)
-    places = {name: place for place, (name, _) in enumerate(sources)}
-    reads = (
-        _read(source, places[name], name, tokenizer, strict) if name in places else left_out[name]
-        for number in todo
-        for name, _ in groups[number]
-    )
-    encoder = _Encoder(tokenizer, writer, actions, batch_frames, batch_episodes, device)
-    with writer, Prefetcher(reads, max(2, batch_episodes)) as decoded:  # decodes ahead while the tokenizer works
-        for number in todo:
-            quarantine = []
-            for (name, _), read in zip(groups[number], decoded, strict=False):  # those of this group
-                if isinstance(read, Episode):
-                    encoder.add(name, read)
-                else:
-                    quarantine.append({"name": name, "reason": read})
-                if progress:
-                    progress(next(done), total)
-            encoder.flush()
-            writer.write_group(number, groups.fingerprint(number), quarantine)
-    return _write_quarantine(path)
+    return make_share(GroupMaker(source, tokenizer, Path(path), **settings), shard, progress)
 
 
-def _check_numbers(
-    tokenizer: Tokenizer, rank: int, world: int, batch_frames: int, batch_episodes: int, shard_episodes: int, max_episodes: int | None
-) -> None:
-    stride = tokenizer.temporal_stride
+def make_share(maker: GroupMaker, shard: tuple[int, int], progress: Callable[[int, int], None] | None) -> LatentStore:
+    """Make what is not finished of every n-th group from the i-th on; shard: (i, n). ``pretokenize`` says the rest."""
+    rank, world = shard
     if not 0 <= rank < world:
         raise ValueError(f"shard is {rank} of {world}; expected i of n with 0 <= i < n")
-    if batch_frames < stride or batch_episodes < 1 or shard_episodes < 1 or (max_episodes is not None and max_episodes < 1):
-        raise ValueError(
-            f"batch_frames {batch_frames}, batch_episodes {batch_episodes}, shard_episodes {shard_episodes}, max_episodes {max_episodes}; "
-            f"expected at least 1 of each, and of batch_frames at least the temporal stride {stride}"
+    own = range(rank, len(maker.groups), world)
+    todo = [number for number in own if number not in maker.finished]
+    total = sum(len(maker.groups[number]) for number in own)
+    done = itertools.count(total - sum(len(maker.groups[number]) for number in todo) + 1)
+    maker.make(todo, lambda: progress(next(done), total) if progress else None)
+    return write_quarantine(maker.path)
+
+
+@dataclass
+class GroupMaker:
+    """Plans the groups of a latent store and makes those that it is told to. ``pretokenize`` says which, or who hands them out.
+
+    ``groups``: all that there are; ``finished``: numbers of those that were done when this was made. Raises what ``pretokenize`` raises.
+    """
+
+    source: EpisodeSource
+    tokenizer: Tokenizer
+    path: Path
+    strict: bool = False  # what is broken is an error
+    actions: Actions = "all"  # of a latent step's frames, or one a step as ``linspace_actions`` chooses it
+    batch_frames: int = 256  # of an episode, encoded at once; a tokenizer that streams takes longer ones piece by piece, another one whole
+    batch_episodes: int = 1  # encoded side by side, the shorter ones filled up
+    device: torch.device | str = "cpu"
+    dtype: Literal["float32", "float16"] = "float32"
+    shard_episodes: int = 32  # of a group
+    max_episodes: int | None = None  # plan no more
+    about: Mapping[str, Any] | None = None  # JSON values to keep with the latents
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._fingerprint = self.tokenizer.fingerprint()
+        sources = list(self.source.sources)
+        found = _open_found(self.path, self.tokenizer, self.actions)
+        self._open_writer()  # raises if the latents there were made with other settings
+        if found is None or not len(found):  # before anything is written
+            _require_readable(self.source, sources[: self.max_episodes], self.tokenizer)
+        self._places = {name: place for place, (name, _) in enumerate(sources)}
+        # the others were moved away since
+        self._left_out = {} if found is None else {entry["name"]: entry["reason"] for entry in found.quarantine}
+        self.groups = plan_groups(
+            self.path,
+            sources,
+            self.source.path,
+            shard_episodes=self.shard_episodes,
+            max_episodes=self.max_episodes,
+            left_out=self._left_out,
         )
-    if batch_episodes > 1 and not tokenizer.can_stream:
-        raise ValueError(
-            f"batch_episodes is {batch_episodes}; a tokenizer that cannot stream may look ahead, so it takes one episode at a time"
+        self.finished = _finished(found, self.groups, self.strict)
+
+    def make(self, numbers: Sequence[int], tick: Callable[[], None]) -> None:
+        """Make these groups, whether they are finished or not; ``tick`` is called after each episode."""
+        reads = (self._read(name) for number in numbers for name, _ in self.groups[number])
+        with self._open_writer() as writer, Prefetcher(reads, max(2, self.batch_episodes)) as decoded:  # decodes ahead of the tokenizer
+            encoder = _Encoder(self.tokenizer, writer, self.actions, self.batch_frames, self.batch_episodes, self.device)
+            for number in numbers:
+                quarantine = []
+                for (name, _), read in zip(self.groups[number], decoded, strict=False):  # those of this group
+                    if isinstance(read, Episode):
+                        encoder.add(name, read)
+                    else:
+                        quarantine.append({"name": name, "reason": read})
+                    tick()
+                encoder.flush()
+                writer.write_group(number, self.groups.fingerprint(number), quarantine)
+
+    def _read(self, name: str) -> Episode | str:
+        """An episode, or why it is left out."""
+        if name not in self._places:
+            return self._left_out[name]
+        return _read(self.source, self._places[name], name, self.tokenizer, self.strict)
+
+    def _check_numbers(self) -> None:
+        stride, numbers = self.tokenizer.temporal_stride, (self.batch_frames, self.batch_episodes, self.shard_episodes, self.max_episodes)
+        if self.batch_frames < stride or any(number is not None and number < 1 for number in numbers):
+            raise ValueError(
+                f"batch_frames {self.batch_frames}, batch_episodes {self.batch_episodes}, shard_episodes {self.shard_episodes}, "
+                f"max_episodes {self.max_episodes}; expected at least 1 of each, and of batch_frames at least the temporal stride {stride}"
+            )
+        if self.batch_episodes > 1 and not self.tokenizer.can_stream:
+            raise ValueError(
+                f"batch_episodes is {self.batch_episodes}; a tokenizer that cannot stream may look ahead, so it takes one episode at a time"
+            )
+
+    def _open_writer(self) -> LatentWriter:
+        stride = self.tokenizer.temporal_stride
+        used = {"actions": self.actions, "batch_frames": self.batch_frames, "batch_episodes": self.batch_episodes}
+        return LatentWriter(
+            self.path,
+            action_space=self.source.action_space,
+            tokenizer_fingerprint=self._fingerprint,
+            token_grid=self.tokenizer.token_grid,
+            latent_channels=self.tokenizer.latent_channels,
+            temporal_stride=stride,
+            actions_per_step=1 if self.actions == "linspace" else stride,
+            source_fingerprint="",  # each group has its own
+            dtype=self.dtype,
+            shard_episodes=None,
+            extra={"frames_per_second": self.source.fps, "source": self.source.extra, "pretokenize": used, **(self.about or {})},
         )
 
 
@@ -124,26 +170,6 @@ def _open_found(path: Path, tokenizer: Tokenizer, actions: Actions) -> LatentSto
     found.check_tokenizer(tokenizer.fingerprint())
     found.check_actions(actions)
     return found
-
-
-def _open_writer(
-    path: Path, source: EpisodeSource, tokenizer: Tokenizer, actions: Actions, dtype: Literal["float32", "float16"], extra: dict[str, Any]
-) -> LatentWriter:
-    """A writer for the latents. Raises ``ValueError`` if those there were made with other settings."""
-    stride = tokenizer.temporal_stride
-    return LatentWriter(
-        path,
-        action_space=source.action_space,
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        token_grid=tokenizer.token_grid,
-        latent_channels=tokenizer.latent_channels,
-        temporal_stride=stride,
-        actions_per_step=1 if actions == "linspace" else stride,
-        source_fingerprint="",  # each group has its own
-        dtype=dtype,
-        shard_episodes=None,
-        extra=extra,
-    )
 
 
 def _require_readable(source: EpisodeSource, sources: list[Source], tokenizer: Tokenizer) -> None:
@@ -274,7 +300,7 @@ def encode_frames(
     return [latents[: num_latent_steps(length, stride)] for latents, length in zip(whole, lengths, strict=True)]
 
 
-def _write_quarantine(path: Path) -> LatentStore:
+def write_quarantine(path: Path) -> LatentStore:
     """Write down what all shards say was left out; again if another process has finished one meanwhile. So the last process, whichever
     it is, has seen them all."""
     store = LatentStore(path, allow_partial=True)

@@ -109,9 +109,9 @@ def batches(
 
     The first ``round(relevant_fraction * batch_size)`` rows are drawn from ``relevant_episodes`` and marked ``is_relevant``; the others
     are drawn uniformly from the dataset. With ``long``, every ``long_every``-th batch has fewer rows (``long_batch_size``), which come from
-    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead (0: none) by ``num_workers`` threads, whose
-    number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError`` for relevant rows
-    without relevant episodes.
+    there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by ``num_workers`` threads (0 of
+    either: none), whose number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError``
+    for relevant rows without relevant episodes.
     """
     if not 0 <= relevant_fraction <= 1:
         raise ValueError(f"relevant_fraction is {relevant_fraction}; expected 0 to 1")
@@ -151,6 +151,7 @@ def frame_batches(
     seed: int,
     start_step: int = 0,
     prefetch: int = 2,
+    num_workers: int = 1,
     rank: int = 0,
     world: int = 1,
 ) -> Stream[FrameBatch]:
@@ -160,13 +161,13 @@ def frame_batches(
     def make(step: int) -> FrameBatch:
         return FrameBatch(torch.from_numpy(np.stack([store.frames(e, start, start + num_frames) for e, start in sampler.rows(step)])))
 
-    return _stream(make, start_step, prefetch)
+    return _stream(make, start_step, prefetch, num_workers)
 
 
-def _stream(make: Callable[[int], T], start_step: int, prefetch: int, num_workers: int = 1) -> Stream[T]:
-    if start_step < 0 or prefetch < 0 or num_workers < 1:
-        raise ValueError(f"start_step {start_step}, prefetch {prefetch}, num_workers {num_workers}; expected at least 0, 0 and 1")
-    if prefetch:
+def _stream(make: Callable[[int], T], start_step: int, prefetch: int, num_workers: int) -> Stream[T]:
+    if min(start_step, prefetch, num_workers) < 0:
+        raise ValueError(f"start_step {start_step}, prefetch {prefetch}, num_workers {num_workers}; expected at least 0 of each")
+    if prefetch and num_workers:
         return map_ahead(make, start_step, num_threads=num_workers, depth=max(prefetch, num_workers))
     return (make(step) for step in itertools.count(start_step))
 
@@ -192,7 +193,7 @@ class PretokenizedLoader:
             seed=self.seed,
             start_step=self.step,
             prefetch=2 * self.num_workers,
-            num_workers=max(1, self.num_workers),
+            num_workers=self.num_workers,
         )
         with closing(stream):
             for batch in stream:

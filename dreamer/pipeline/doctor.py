@@ -73,6 +73,7 @@ def diagnose(config: DreamerConfig) -> Diagnosis:
         _tried("MineRL, to play in", lambda: _minecraft("minerl", "minerl")),
         _tried("MineStudio, to play in", lambda: _minecraft("minestudio", "minestudio.simulator")),
         _tried("many processes (torchrun)", _processes),
+        _tried("pretokenizing on a Ray cluster", lambda: _extra("ray", "ray", "pyarrow", "pandas")),
     ]
     return Diagnosis(_facts(config), findings)
 

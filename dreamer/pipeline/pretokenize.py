@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 
 from dreamer.config import DreamerConfig
 from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader, pretokenize
+from dreamer.data.pretokenize import GroupMaker, make_share
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.sources import means_store
 from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
@@ -48,7 +50,42 @@ def pretokenize_latents(run: Run) -> bool:
     return latents.source_fingerprint != before
 
 
+def encode(
+    open_any: Callable[[torch.device], AnyTokenizer],
+    data_path: Path,
+    output_path: Path,
+    engine: str,
+    share: str | None,
+    num_workers: int | None,
+    device: str,
+    **settings: Any,
+) -> LatentStore:
+    """``pretokenize_path`` with the tokenizer that ``open_any`` gives for a device: this process's ``share`` of it (engine: local), or all
+    of it, by ``num_workers`` actors of a Ray cluster (ray)."""
+    if engine == "local":
+        if num_workers is not None:
+            raise ValueError("--workers is for --engine ray; processes of your own: --shard i/n, or torchrun")
+        shard = own_share(share)
+        return pretokenize_path(data_path, output_path, open_any(own_device(device)), shard=shard, **settings)
+    if share is not None:
+        raise ValueError("--shard and --engine ray are both given; expected one of them: Ray hands out the work by itself")
+    from dreamer.pipeline.pretokenize_ray import pretokenize_on_ray
+
+    with ProgressBar("pretokenize") as bar:
+        return pretokenize_on_ray(groups_opener(open_any, data_path, output_path, **settings), device, num_workers, bar)
+
+
 def pretokenize_path(
+    data_path: Path, output_path: Path, tokenizer: AnyTokenizer, *, shard: tuple[int, int] = (0, 1), **settings: Any
+) -> LatentStore:
+    """Encode the recordings or the episode store at ``data_path``, on the tokenizer's device. shard: as ``dreamer.data.pretokenize`` takes
+    it; settings: those of ``open_groups``."""
+    maker = open_groups(data_path, output_path, tokenizer, **settings)
+    with ProgressBar("pretokenize") as bar:
+        return make_share(maker, shard, bar)
+
+
+def open_groups(
     data_path: Path,
     output_path: Path,
     tokenizer: AnyTokenizer,
@@ -59,23 +96,34 @@ def pretokenize_path(
     batch_frames: int = 121,
     shard_episodes: int = 8,
     **settings: Any,
-) -> LatentStore:
-    """Encode the recordings or the episode store at ``data_path``, on the tokenizer's device. reader, options: as ``open_source`` takes
-    them. The others go to ``dreamer.data.pretokenize``; batch_frames: here the window of Cosmos, so that each is encoded in one go."""
-    source = open_source(data_path, tokenizer.frame_shape, reader, options or {})
-    with ProgressBar("pretokenize") as bar:
-        return pretokenize(
-            source,
-            tokenizer,
-            output_path,
-            dtype=dtype,
-            batch_frames=batch_frames,
-            shard_episodes=shard_episodes,
-            device=tokenizer.device,
-            about=describe_tokenizer(tokenizer),
-            progress=bar,
-            **settings,
-        )
+) -> GroupMaker:
+    """What makes the latents of the recordings or the episode store at ``data_path``. reader, options: as ``open_source`` takes them.
+    The others are those of ``GroupMaker``; batch_frames: here the window of Cosmos, so that each is encoded in one go."""
+    return GroupMaker(
+        open_source(data_path, tokenizer.frame_shape, reader, options or {}),
+        tokenizer,
+        output_path,
+        dtype=dtype,
+        batch_frames=batch_frames,
+        shard_episodes=shard_episodes,
+        device=tokenizer.device,
+        about=describe_tokenizer(tokenizer),
+        **settings,
+    )
+
+
+def groups_opener(
+    open_any: Callable[[torch.device], AnyTokenizer], data_path: Path, output_path: Path, **settings: Any
+) -> Callable[[torch.device], GroupMaker]:
+    """``open_groups`` for a device that is not known yet, with a tokenizer that ``open_any`` gives; can be sent to other processes if
+    that can."""
+    return functools.partial(_open_groups_on, open_any=open_any, paths=(data_path, output_path), settings=settings)
+
+
+def _open_groups_on(
+    device: torch.device, *, open_any: Callable[[torch.device], AnyTokenizer], paths: tuple[Path, Path], settings: Mapping[str, Any]
+) -> GroupMaker:
+    return open_groups(*paths, open_any(device), **settings)
 
 
 def open_source(path: Path, frame_shape: tuple[int, int, int], reader_name: str | None, options: Mapping[str, Any]) -> EpisodeSource:

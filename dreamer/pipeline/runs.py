@@ -23,7 +23,7 @@ from dreamer.training.checkpoint import list_checkpoints, planned_steps
 from dreamer.yaml_config import load_config
 
 PHASES = ("tokenizer", "phase1", "phase2", "phase3", "bc_long")
-PER_RUN = ("seed", "run_dir", "device", "threads")  # settings that make no other kind of run
+PER_RUN = ("seed", "run_dir", "device", "threads", "data.num_workers")  # settings that make no other kind of run
 LONGEST = 40  # characters of a value in the terminal; the page shows all
 Curve = tuple[list[float], list[float]]
 

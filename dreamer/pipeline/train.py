@@ -113,6 +113,7 @@ class _Frames:
             episodes=self.train_ids,
             seed=self.run.seed("tokenizer"),
             start_step=start,
+            num_workers=self.run.config.data.num_workers,
         )
 
     def normalization(self) -> Iterator[Tensor]:
@@ -276,6 +277,7 @@ class _Data:
             relevant_episodes=relevant,
             long=long,
             long_every=long_every,
+            num_workers=self.run.config.data.num_workers,
         )
 
     def held_out(self, batch_size: int, returns: np.ndarray | None = None, config: Phase2Config | None = None) -> list[Batch]:

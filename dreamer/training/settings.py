@@ -40,6 +40,7 @@ class DataConfig(Config):
     latents: Path | None = None  # made by pretokenize_dataset.py: then phases 1 to 3 need no recordings. null: those of the run
     actions: Literal["all", "linspace"] = "all"  # of a latent step's frames, or one a step; linspace loses the others
     num_val_batches: int = Field(default=4, ge=1)  # looked at in each validation
+    num_workers: int = Field(default=1, ge=0)  # threads that make batches ahead; 0: none. Their number changes no batch
 
 
 class LongCloningConfig(Config):

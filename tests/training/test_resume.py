@@ -66,6 +66,15 @@ def test_an_interrupted_phase_ends_with_the_same_bytes(
     assert [name for name in expected if expected[name] != got[name]] == []
 
 
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_number_of_workers_changes_no_byte(whole: Path, tmp_path: Path, make_run: Callable[..., Run], num_workers: int) -> None:
+    run = make_run(tmp_path / "run", data={"num_workers": num_workers})
+    for stage in ("tokenizer", "pretokenize", "phase1", "phase2", "bc_long", "phase3"):
+        assert STAGES[stage](run)
+    for phase in BEFORE:
+        assert contents(run.path / phase) == contents(whole / phase), phase
+
+
 def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:
     run = make_run(tmp_path / "run", seed=1)
     STAGES["tokenizer"](run)

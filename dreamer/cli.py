@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words)
         arguments.began = began
+        _check_processes(arguments, words[0])
         return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
@@ -46,8 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DREAMER_TRACEBACK"):
             raise
-        print(f"dreamer: error: {_one_line(error)}", file=sys.stderr)
+        who = f"dreamer[{os.environ['RANK']}]" if _num_processes() > 1 else "dreamer"
+        print(f"{who}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _num_processes() -> int:
+    """That torchrun, or a cluster, says it has started with this one."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if "RANK" in os.environ and text.isascii() and text.isdigit() else 1
+
+
+def _check_processes(arguments: argparse.Namespace, verb: str) -> None:
+    if _num_processes() > 1 and not getattr(arguments, "is_shared", False):
+        raise ValueError(
+            f"WORLD_SIZE is {_num_processes()}: dreamer {verb} is work for one process; run it once, without torchrun "
+            "(dreamer train and dreamer pretokenize can be shared)"
+        )
 
 
 def train_script(part: str, config: Path, argv: Sequence[str] | None = None) -> int:
@@ -106,6 +122,7 @@ def _parser() -> Parser:
     parts = train.add_subparsers(metavar="part", required=True)
     for phase in PHASES:
         part = add(phase, _train(phase), f"Train {phase}.", parts)
+        part.set_defaults(is_shared=True)
         part.add_argument("--dry-run", action="store_true", help="only say what it would take: shapes, parameters, FLOPs, memory")
     _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
@@ -145,6 +162,7 @@ def _parser() -> Parser:
 
 def _add_pretokenize(own: Parser) -> None:
     """What ``dreamer pretokenize`` takes for recordings, beside settings. Defaults that are not false are those of ``pretokenize_path``."""
+    own.set_defaults(is_shared=True)
     free = own.add_argument_group("recordings, without a run")
     free.add_argument("--data-path", type=Path, metavar="DIR", help="recordings, or an episode store")
     free.add_argument("--output-path", type=Path, metavar="DIR", help="folder of the latent store; made, or gone on with")
@@ -193,7 +211,8 @@ def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
 
         run = Run(_load(arguments), command, _setting_words(arguments))
         did_work = run_stage(run, name)
-        print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
+        if run.ranks.is_main:
+            print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
         return 0
 
     return verb
@@ -209,7 +228,8 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
             missing = [f"--{name}" for name in ("data-path", "output-path") if getattr(arguments, name.replace("-", "_")) is None]
             raise ValueError(f"got {told} without {' and '.join(missing)}; with none of these, a run's episodes are encoded")
         return _stage("pretokenize")(arguments, command)
-    from dreamer.pipeline.pretokenize import open_tokenizer, own_device, own_share, pretokenize_path
+    from dreamer.pipeline.pretokenize import open_tokenizer, own_share, pretokenize_path
+    from dreamer.pipeline.run import choose_device
     from dreamer.training.models_io import load_tokenizer
     from dreamer.yaml_config import parse_options
 
@@ -217,11 +237,11 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
     if arguments.tokenizer is not None:
         if arguments.config or arguments.preset or arguments.overrides:
             raise ValueError("--tokenizer and settings are both given; expected one of them: settings say which other tokenizer to take")
-        tokenizer = load_tokenizer(arguments.tokenizer, own_device(arguments.device or "auto"))
+        tokenizer = load_tokenizer(arguments.tokenizer, choose_device(arguments.device or "auto"))
     else:
         arguments.default_preset = MINECRAFT
         config = _load(arguments)
-        tokenizer = open_tokenizer(config, own_device(arguments.device or config.device))
+        tokenizer = open_tokenizer(config, choose_device(arguments.device or config.device))
         given.setdefault("actions", config.data.actions)
     store = pretokenize_path(arguments.data_path, arguments.output_path, tokenizer, **given)
     print(f"{store.path}: {len(store)} episodes with {store.lengths.sum()} latent steps, {len(store.quarantine)} recordings left out")

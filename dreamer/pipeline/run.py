@@ -27,6 +27,7 @@ from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent, create_cosmos_tokenizer_from_config
 from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
+from dreamer.training.distributed import Ranks
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
 from dreamer.yaml_config import save_config
@@ -46,6 +47,7 @@ class Run:
         """``command``: what was typed. ``words``: those of it that give the settings, for commands that errors recommend."""
         self.config, self.command, self.words = config, command, words
         self.path = config.run_dir
+        self.ranks = Ranks.from_environment()
         self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -78,7 +80,8 @@ class Run:
 
     def save_config(self) -> None:
         """Write config.yaml. Stages call it once they know that they will go on with what is there."""
-        save_config(self.config, self.config_path)
+        if self.ranks.is_main:
+            save_config(self.config, self.config_path)
 
     def seed(self, *key: object) -> int:
         """A seed (31 bits) for one purpose, from the run's."""
@@ -220,7 +223,9 @@ class Run:
 
     def write_spent(self, earlier: dict[str, Any], stage: str, seconds: float) -> None:
         """Add a stage's time to what was ``spent()`` earlier. Memory is the peak of the process so far. A report does not change who made
-        the rest, and with what."""
+        the rest, and with what. Of several processes, the main one speaks."""
+        if not self.ranks.is_main:
+            return
         before = earlier["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
         peak = max(before["peak_memory_mb"], peak_memory_mb())
         now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": peak, "command": self.command}
@@ -291,7 +296,10 @@ def _cpu_name() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ``ValueError`` for CUDA where there is none."""
+    """``auto`` is CUDA where there is one; of several devices the one that LOCAL_RANK names, as torchrun sets it. Raises ``ValueError``
+    for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch sees no CUDA device here; set device=cpu or device=auto")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local_rank)) if device.type == "cuda" and local_rank else device

@@ -21,6 +21,7 @@ from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper, creat
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
 from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_state, save_checkpoint
+from dreamer.training.distributed import Parallel
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer, check_same_settings
 from dreamer.training.models_io import agent_info, load_tokenizer, tokenizer_info, weights_fingerprint
@@ -76,7 +77,8 @@ def _train_cosmos(run: Run) -> bool:
     info = tokenizer_info(tokenizer)
     if adapt == "none" or data is None:
         state = {"settings": settings, "seed": run.config.seed, "num_skipped": 0}
-        save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
+        if run.ranks.is_main:
+            save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
         run.save_config()
         return True
     phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
@@ -113,6 +115,8 @@ class _Frames:
             episodes=self.train_ids,
             seed=self.run.seed("tokenizer"),
             start_step=start,
+            rank=self.run.ranks.rank,
+            world=self.run.ranks.world,
         )
 
     def normalization(self) -> Iterator[Tensor]:
@@ -276,6 +280,8 @@ class _Data:
             relevant_episodes=relevant,
             long=long,
             long_every=long_every,
+            rank=self.run.ranks.rank,
+            world=self.run.ranks.world,
         )
 
     def held_out(self, batch_size: int, returns: np.ndarray | None = None, config: Phase2Config | None = None) -> list[Batch]:
@@ -340,7 +346,8 @@ def _train(
     stream: Callable[[int], Stream],
     hook: validation.Hook,
 ) -> bool:
-    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info)
+    parallel = Parallel(run.ranks, run.config.parallel.strategy)
+    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info, parallel=parallel)
     if trainer.step >= config.steps:
         return False
     run.save_config()

@@ -116,6 +116,27 @@ class RunLogger:
         return self.run_dir / "media" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}_{step:08d}.{suffix}"
 
 
+class SilentLogger(RunLogger):
+    """Of a process that leaves the writing to another one."""
+
+    def __init__(self, run_dir: str | os.PathLike[str], name: str, *, total_steps: int, resume_step: int = 0) -> None:
+        self.run_dir = Path(run_dir)
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> Path:
+        return self._media_path(step, name, "png")
+
+    def video(self, step: int, name: str, frames: UInt8[np.ndarray, "F H W C"], fps: float) -> Path:
+        return self._media_path(step, name, "mp4")
+
+    def print(self, message: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class ProgressDisplay:
     """A bar with the time left on a terminal; elsewhere a plain line every ten seconds and one at the end. ``began``: what ``clock`` said
     when the work began (default: now)."""

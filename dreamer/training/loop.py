@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamer.models.transformer import compile_layers
+from dreamer.models.transformer import checkpoint_layers, compile_layers
 from dreamer.training.checkpoint import list_checkpoints, load_weights, read_state, read_tensors, save_checkpoint
-from dreamer.training.logging import RunLogger
+from dreamer.training.distributed import Parallel, whole
+from dreamer.training.logging import RunLogger, SilentLogger
 from dreamer.training.optim import (
     OptimConfig,
     learning_rate_scale,
@@ -31,12 +32,13 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
 
 class TrainConfig(Config):
     steps: int = Field(default=1000, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)  # rows of a batch, of all processes together
     accumulate: int = Field(default=1, ge=1)  # batches a step, whose gradients are averaged
     optim: OptimConfig = OptimConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated and handed on; 0: the raw weights
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; slower on processors without bf16 products
     compile: bool = False  # the transformer layers, by torch.compile: faster steps after a minute or two
+    activation_checkpointing: bool = False  # layers are computed again in the backward pass: a third more work, far less memory
     log_every: int = Field(default=20, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
@@ -46,6 +48,7 @@ class Phase(nn.Module):
     """What the loop trains: the parameters of ``model`` that require gradients. ``model`` is what a checkpoint exports."""
 
     model: nn.Module
+    leaves_out = True  # whether some steps may give no gradient to a parameter that requires one
 
     def forward(self, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to descend, and metrics (detached scalars). All randomness comes from ``generator``."""
@@ -92,14 +95,26 @@ class Trainer:
     """
 
     def __init__(
-        self, phase: Phase, config: TrainConfig, run_dir: Path, *, seed: int, settings: dict[str, Any], model_info: dict[str, Any]
+        self,
+        phase: Phase,
+        config: TrainConfig,
+        run_dir: Path,
+        *,
+        seed: int,
+        settings: dict[str, Any],
+        model_info: dict[str, Any],
+        parallel: Parallel | None = None,
     ) -> None:
         self.phase, self.config, self.run_dir, self.seed = phase, config, run_dir, seed
         self.settings, self.model_info = settings, model_info
-        self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
-        self.device = next(iter(self.parameters.values())).device
+        self.parallel = parallel or Parallel()
+        if config.activation_checkpointing:
+            checkpoint_layers(phase.model)
         if config.compile:
             compile_layers(phase.model)
+        self.forward = self.parallel.wrap(phase)
+        self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
         self.optimizers = make_optimizers(self.parameters, config.optim, phase.rate_factor)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
@@ -114,7 +129,8 @@ class Trainer:
         config = self.config
         if self.step >= config.steps:
             return
-        logger = RunLogger(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
+        kind = RunLogger if self.parallel.ranks.is_main else SilentLogger
+        logger = kind(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
         with closing(logger), closing(batches(self.step * config.accumulate)) as stream:
             while self.step < config.steps:
                 metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
@@ -137,13 +153,14 @@ class Trainer:
         metrics: dict[str, Any] = {}
         for micro, batch in enumerate(batches):
             generator = step_generator(self.device, self.seed, self.run_dir.name, self.step, micro)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = phase(batch.to(self.device), self.step, generator)
-            (loss / len(batches)).backward()
+            with self.parallel.micro_batch(batch, is_last=micro == len(batches) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss, metrics = self.forward(batch.to(self.device), self.step, generator)
+                (loss / len(batches)).backward()
             total += loss.item() / len(batches)
         scale = learning_rate_scale(self.step, config.steps, config.optim)
         set_learning_rate(self.optimizers, scale)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.optim.clip_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.optim.clip_norm))
         if self._is_finite(total, float(norm)):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -184,7 +201,8 @@ class Trainer:
         self._set(self.ema or training)
         self.phase.train(False)
         try:
-            yield
+            with self.parallel.whole_weights(self.phase):
+                yield
         finally:
             self._set(training)
             self.phase.train()
@@ -231,7 +249,7 @@ def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path,
         old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             check_same_settings(old, new, where, f"{prefix}{key}.")
-        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every", "compile"):
+        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing"):
             raise ValueError(
                 f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
                 "use the same setting to resume, or another run_dir to start anew"

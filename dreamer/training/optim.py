@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dreamer.types import Config
 
@@ -41,6 +42,8 @@ def make_optimizers(
 
     muon = [name for name, p in parameters.items() if uses_muon(name, p)]
     rest = [name for name, p in parameters.items() if not uses_muon(name, p)]
+    if any(isinstance(parameters[name], DTensor) for name in muon):
+        raise ValueError("optim.optimizer is muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp")
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(torch.optim.Muon(groups(muon, config.muon_learning_rate), weight_decay=config.weight_decay))

@@ -26,7 +26,7 @@ from dreamer.data.pretokenized_dataset import Ids
 from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent, create_cosmos_tokenizer_from_config
-from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_json, read_state
+from dreamer.training.checkpoint import newest_checkpoint, planned_steps, read_json, read_state
 from dreamer.training.distributed import Ranks
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
@@ -165,7 +165,7 @@ class Run:
 
     def own_tokenizer(self) -> Tokenizer | None:
         """``tokenizer``; None where ``data.latents`` are learned from and this run has no tokenizer."""
-        return self.tokenizer() if self.has_episodes or list_checkpoints(self.path / "tokenizer") else None
+        return self.tokenizer() if self.has_episodes or newest_checkpoint(self.path / "tokenizer") else None
 
     def agent(self, phase: str, tokenizer_fingerprint: str, steps: int | None = None) -> Agent:
         """The agent that ``phase`` made, for latents of this tokenizer. ``steps``: how many that phase has to have behind it."""
@@ -177,23 +177,23 @@ class Run:
 
     def has(self, phase: str) -> bool:
         """Whether ``phase`` was trained; ``ValueError`` if it began and did not end: half a training must not be judged as a whole."""
-        found = list_checkpoints(self.path / phase)
+        found = newest_checkpoint(self.path / phase)
         if found:
-            self.require_finished(phase, planned_steps(found[-1][1], phase))
+            self.require_finished(phase, planned_steps(found[1], phase))
         return bool(found)
 
     def require_finished(self, phase: str, steps: int | None) -> None:
-        found = list_checkpoints(self.path / phase)
+        found = newest_checkpoint(self.path / phase)
         if not found:
             raise ValueError(f"{self.path / phase}: holds no checkpoint; run first: {self.command_for(f'train {phase}')}")
-        if steps is not None and found[-1][0] < steps:
+        if steps is not None and found[0] < steps:
             again = self.command_for(f"train {phase}")
-            raise ValueError(f"{self.path / phase}: is at step {found[-1][0]} of {steps}; run again to finish it: {again}")
+            raise ValueError(f"{self.path / phase}: is at step {found[0]} of {steps}; run again to finish it: {again}")
 
     def require_untrained(self) -> None:
         """``ValueError`` if something has learned from the run's episodes: with others among them, it could not go on."""
         folders = sorted(path.parent for path in self.path.glob("*/checkpoints"))
-        newest = {folder.name: found[-1][1] for folder in folders if (found := list_checkpoints(folder))}
+        newest = {folder.name: found[1] for folder in folders if (found := newest_checkpoint(folder))}
         # a Cosmos tokenizer that is taken as it is has seen no episodes
         if self.has_episodes and (trained := [phase for phase, path in newest.items() if "data" in read_state(path)["settings"]]):
             raise ValueError(

@@ -96,6 +96,10 @@ class RunLogger:
         """A line for people, above the progress bar."""
         self._progress.print(message)
 
+    def sync(self) -> None:
+        """Wait until the rows are on the disk: a checkpoint must not outlive the metrics of its steps."""
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         """Flush everything to disk. May be called twice."""
         if self._metrics.closed:

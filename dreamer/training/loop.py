@@ -14,7 +14,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamer.models.transformer import checkpoint_layers, compile_layers
-from dreamer.training.checkpoint import list_checkpoints, load_weights, read_state, read_tensors, save_checkpoint
+from dreamer.training.checkpoint import (
+    list_checkpoints,
+    load_weights,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+    tidy_checkpoints,
+)
 from dreamer.training.distributed import Parallel, whole
 from dreamer.training.logging import RunLogger, SilentLogger
 from dreamer.training.optim import (
@@ -28,6 +36,13 @@ from dreamer.training.optim import (
 from dreamer.types import Config
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
+# Settings that decide what is written and when, not how the weights come out: they may change when a run goes on.
+HARMLESS = {"log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing", "keep_last", "keep_best"}
+
+
+class BestConfig(Config):
+    metric: str  # of a validation, as metrics.jsonl names it, such as val_psnr
+    better: Literal["lower", "higher"] = "lower"
 
 
 class TrainConfig(Config):
@@ -42,6 +57,8 @@ class TrainConfig(Config):
     log_every: int = Field(default=20, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    keep_last: int = Field(default=2, ge=1)  # checkpoints
+    keep_best: BestConfig | None = None  # the checkpoint that is best by a metric stays too; each better validation writes one
 
 
 class Phase(nn.Module):
@@ -118,6 +135,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.parameters, config.optim, phase.rate_factor)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
+        self.best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint
         self._resume()
 
     def run(
@@ -137,12 +155,16 @@ class Trainer:
                 self.step += 1
                 logger.advance(self.step)
                 is_last = self.step == config.steps
+                is_best = False
                 if validate is not None and (is_last or self.step % config.validate_every == 0):
                     with self.averaged_weights():
-                        metrics |= validate(logger, self.step)
+                        measured = validate(logger, self.step)
+                    metrics |= measured
+                    is_best = self._is_best(measured)
                 if is_last or self.step % config.log_every == 0 or self.step % config.validate_every == 0:
                     logger.log(self.step, self._loggable(metrics))
-                if is_last or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+                if is_last or is_best or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+                    logger.sync()
                     self.save()
 
     def train_step(self, batches: list[Any]) -> dict[str, Any]:
@@ -188,6 +210,22 @@ class Trainer:
             )
         return False
 
+    def _is_best(self, measured: dict[str, float]) -> bool:
+        """Whether this validation is better than all before it. ``ValueError`` if it does not know the metric."""
+        wanted = self.config.keep_best
+        if wanted is None:
+            return False
+        if wanted.metric not in measured:
+            known = ", ".join(sorted(measured))
+            raise ValueError(f"{self.run_dir.name}.train.keep_best.metric is {wanted.metric!r}; a validation here measures {known}")
+        value = measured[wanted.metric]
+        if not math.isfinite(value) or self._bad_in_a_row:
+            return False
+        if self.best is not None and (value >= self.best["value"] if wanted.better == "lower" else value <= self.best["value"]):
+            return False
+        self.best = {"step": self.step, "metric": wanted.metric, "better": wanted.better, "value": value}
+        return True
+
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -221,14 +259,23 @@ class Trainer:
         train |= {f"carried.{name}": t for name, t in self.phase.carried().items()}
         train |= {f"ema.{name}": t for name, t in self.ema.items()}
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
-        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped}
-        return save_checkpoint(self.run_dir, self.step, model_tensors=model, model_info=self.model_info, train_tensors=train, state=state)
+        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "best": self.best}
+        return save_checkpoint(
+            self.run_dir,
+            self.step,
+            model_tensors=model,
+            model_info=self.model_info,
+            train_tensors=train,
+            state=state,
+            keep_last=self.config.keep_last,
+            best=self.best,
+        )
 
     def _resume(self) -> None:
-        found = list_checkpoints(self.run_dir)
-        if not found:
+        found = newest_checkpoint(self.run_dir, set_aside=True)
+        if found is None:
             return
-        step, path = found[-1]
+        step, path = found
         state = read_state(path)
         check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
         tensors = read_tensors(path / "train_state.safetensors")
@@ -241,15 +288,26 @@ class Trainer:
         load_optimizer_tensors(self.optimizers, part("optimizer."))
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
         self.step, self.num_skipped = step, state["num_skipped"]
+        self.best = self._known_best(state)
+        tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best)
+
+    def _known_best(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The best that a checkpoint knows of, if it is still there and the same metric says so."""
+        best, wanted = state.get("best"), self.config.keep_best
+        if best is None or wanted is None or (best["metric"], best["better"]) != (wanted.metric, wanted.better):
+            return None
+        return best if best["step"] in dict(list_checkpoints(self.run_dir)) else None
 
 
 def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path, prefix: str = "") -> None:
     """``ValueError`` naming the first setting that differs between a checkpoint and this run."""
     for key in sorted(saved.keys() | now.keys()):
         old, new = saved.get(key), now.get(key)
+        if key in HARMLESS:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             check_same_settings(old, new, where, f"{prefix}{key}.")
-        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing"):
+        elif old != new:
             raise ValueError(
                 f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
                 "use the same setting to resume, or another run_dir to start anew"

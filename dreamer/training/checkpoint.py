@@ -4,7 +4,8 @@
 
 ``model.safetensors``        the weights to use (the exponential moving average where there is one)
 ``model.json``               how to build the model: kind, config, action space, token grid, ...
-``train_state.safetensors``  raw weights, loss normalisers, optimiser state: what resuming needs
+``train_state.safetensors``  raw weights, loss normalisers, optimiser state: what resuming needs; where weights are trained in pieces, a
+                             file a process, ``train_state_00001_of_00008.safetensors`` and so on (``sharded_state.py``)
 ``state.json``               step, the phase's resolved config, and what else resuming needs
 ``manifest.json``            size and SHA-256 of the others, written last: without it, nothing here is a checkpoint
 
@@ -29,8 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dreamer.data.files import atomic_file, fsync_path
+from dreamer.training.distributed import Parallel
+from dreamer.training.sharded_state import write_pieces
 
-FILES = ("model.safetensors", "model.json", "train_state.safetensors", "state.json")
+FILES = ("model.safetensors", "model.json", "state.json")  # and the training state, in one file or in several
+STATE = "train_state.safetensors"
 MANIFEST = "manifest.json"
 BEST = "best.json"
 FORMAT = 1
@@ -138,7 +142,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     manifest = read_json(checkpoint / MANIFEST, "it cannot say whether the others are whole")
     files = manifest.get("files")
     is_known = manifest.get("format") == FORMAT and type(manifest.get("step")) is int and type(manifest.get("is_interim")) is bool
-    if not is_known or not isinstance(files, dict) or not files.keys() >= set(FILES):
+    if not is_known or not isinstance(files, dict) or not files.keys() >= set(FILES) or not any(n.startswith("train_state") for n in files):
         raise ValueError(f"{checkpoint / MANIFEST}: does not list the files of a checkpoint of format {FORMAT}")
     for name, entry in files.items():
         is_plain = Path(name).name == name and isinstance(entry, dict)
@@ -183,38 +187,67 @@ def save_checkpoint(
     keep_last: int = 2,
     best: dict[str, Any] | None = None,
     is_interim: bool = False,
+    parallel: Parallel | None = None,
 ) -> Path:
     """Write beside, fsync, rename; then keep what ``tidy_checkpoints`` keeps.
 
     ``is_interim``: it was written because of an interruption, and goes once a later one is there. Raises ``OSError`` naming the folder,
     and leaves what was there, if the disk is full or read-only, and if there is a checkpoint of this step already.
+
+    Of several processes, all of which call this, the main one writes; with fsdp, each writes its pieces of ``train_tensors`` before.
     """
-    final = checkpoint_path(run_dir, step)
-    temporary = final.with_name(f".writing_{final.name}_{os.getpid()}")
+    parallel = parallel or Parallel()
+    final, in_pieces = checkpoint_path(run_dir, step), parallel.strategy == "fsdp"
+    num_bytes = sum(t.numel() * t.element_size() for t in (*model_tensors.values(), *train_tensors.values()))
+    temporary = None
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(final, sum(t.numel() * t.element_size() for t in (*model_tensors.values(), *train_tensors.values())))
-        _sweep(final.parent)
-        temporary.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in model_tensors.items()}, temporary / "model.safetensors")
-        save_file({k: v.detach().cpu().contiguous() for k, v in train_tensors.items()}, temporary / "train_state.safetensors")
-        (temporary / "model.json").write_text(json.dumps(model_info, indent=1))
-        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        for name in FILES:
-            fsync_path(temporary / name)
-        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in FILES}
-        manifest = {"format": FORMAT, "step": step, "is_interim": is_interim, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        fsync_path(temporary / MANIFEST)
-        fsync_path(temporary)
-        temporary.rename(final)  # fails where a checkpoint has this name
-        fsync_path(final.parent)
+        temporary = parallel.main_does(lambda: _begin(final, num_bytes))
+        own = write_pieces(temporary, train_tensors, parallel.ranks) if in_pieces else []
+        pieces = parallel.gathered({file.name: _entry(file) for file in own})
+        tensors = {"model.safetensors": model_tensors} | ({} if in_pieces else {STATE: train_tensors})
+        texts = {"model.json": model_info, "state.json": state | {"step": step}}
+        manifest = {"format": FORMAT, "step": step, "is_interim": is_interim, "files": pieces}
+        parallel.main_does(lambda: _finish(temporary, final, tensors, texts, manifest))
     except (OSError, SafetensorError) as error:
         raise _write_fault(error, final) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    tidy_checkpoints(run_dir, keep_last=keep_last, best=best)
+        if temporary is not None and parallel.ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    parallel.main_does(lambda: tidy_checkpoints(run_dir, keep_last=keep_last, best=best))
     return final
+
+
+def _begin(final: Path, num_bytes: int) -> Path:
+    """An empty folder to write into, beside ``final``."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(final, num_bytes)
+    _sweep(final.parent)
+    temporary = final.with_name(f".writing_{final.name}_{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def _finish(
+    temporary: Path, final: Path, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Write the other files, the manifest last, and give the folder its name."""
+    for name, values in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / name)
+    for name, value in texts.items():
+        (temporary / name).write_text(json.dumps(value, indent=1))
+    for name in (*tensors, *texts):
+        fsync_path(temporary / name)
+    files = manifest["files"] | {name: _entry(temporary / name) for name in (*tensors, *texts)}
+    (temporary / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
+    fsync_path(temporary / MANIFEST)
+    fsync_path(temporary)
+    temporary.rename(final)  # fails where a checkpoint has this name
+    fsync_path(final.parent)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """A file in the manifest."""
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def tidy_checkpoints(run_dir: Path, *, keep_last: int, best: dict[str, Any] | None = None) -> None:

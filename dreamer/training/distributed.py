@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dreamer.models.transformer import Layer
 from dreamer.ops.shares import own_slice, share
 from dreamer.types import Config
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)  # for a process that writes, or that others wait for: one that has died is noticed at once
 
@@ -141,6 +143,29 @@ class Parallel:
                 phase.reshard()
         else:
             yield
+
+    def main_does(self, work: Callable[[], T]) -> T:
+        """Let the main process do something; all get what it returned. If it fails, all do."""
+        if self.ranks.world == 1:
+            return work()
+        done: list[Any] = [None, None]
+        if self.ranks.is_main:
+            try:
+                done[0] = work()
+            except Exception as error:  # raised below, and in all others
+                done[1] = error
+        dist.broadcast_object_list(done, device=torch.device("cpu"))
+        if done[1] is not None:
+            raise done[1]
+        return done[0]
+
+    def gathered(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What the processes hold, in one."""
+        if self.ranks.world == 1:
+            return own
+        parts: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(parts, own)
+        return {key: value for part in parts for key, value in part.items()}
 
     def gather_rows(self, values: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
         """The whole batch's rows from those of each process."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dreamer.models.transformer import checkpoint_layers, compile_layers
 from dreamer.training.checkpoint import (
+    STATE,
     list_checkpoints,
     load_weights,
     newest_checkpoint,
@@ -31,8 +32,10 @@ from dreamer.training.optim import (
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
+    room_for_optimizer_tensors,
     set_learning_rate,
 )
+from dreamer.training.sharded_state import read_pieces, saved_shapes
 from dreamer.types import Config
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
@@ -254,9 +257,10 @@ class Trainer:
         """Write a checkpoint of this step."""
         with self.averaged_weights(), torch.no_grad():
             self.phase.before_export()
-            model = {name: t.clone() for name, t in self.phase.model.state_dict().items()}
+            tensors = ((name, whole(t)) for name, t in self.phase.model.state_dict().items())  # one at a time
+            model = {name: t.clone() for name, t in tensors if self.parallel.ranks.is_main}
         train = {f"phase.{name}": t for name, t in self.phase.state_dict().items()}
-        train |= {f"carried.{name}": t for name, t in self.phase.carried().items()}
+        train |= {f"carried.{name}": self.parallel.gather_rows(t) for name, t in self.phase.carried().items()}
         train |= {f"ema.{name}": t for name, t in self.ema.items()}
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
         state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "best": self.best}
@@ -269,27 +273,41 @@ class Trainer:
             state=state,
             keep_last=self.config.keep_last,
             best=self.best,
+            parallel=self.parallel,
         )
 
     def _resume(self) -> None:
-        found = newest_checkpoint(self.run_dir, set_aside=True)
+        found = self.parallel.main_does(lambda: newest_checkpoint(self.run_dir, set_aside=True))
         if found is None:
             return
         step, path = found
         state = read_state(path)
         check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
-        tensors = read_tensors(path / "train_state.safetensors")
+        tensors = self._read_train_state(path)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         load_weights(self.phase, part("phase."), path)
-        self.phase.carry({name: t.to(self.device) for name, t in part("carried.").items()})
+        self.phase.carry({name: self.parallel.own_rows(t).to(self.device) for name, t in part("carried.").items()})
         load_optimizer_tensors(self.optimizers, part("optimizer."))
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
         self.step, self.num_skipped = step, state["num_skipped"]
-        self.best = self._known_best(state)
-        tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best)
+        self.best = self.parallel.main_does(lambda: self._known_best(state))
+        self.parallel.main_does(lambda: tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best))
+
+    def _read_train_state(self, path: Path) -> dict[str, Tensor]:
+        """What ``save`` wrote, with this number of processes or another one, as it lies in this one."""
+        if self.parallel.strategy != "fsdp" and (path / STATE).is_file():
+            return read_tensors(path / STATE)
+        shapes = saved_shapes(path, ("phase.", "carried.", "ema.", "optimizer."))
+        moments = {name.removeprefix("optimizer."): shape for name, shape in shapes.items() if name.startswith("optimizer.")}
+        own = {f"phase.{name}": torch.zeros_like(t) for name, t in self.phase.state_dict().items()}
+        own |= {f"ema.{name}": torch.zeros_like(t) for name, t in self.ema.items()}
+        own |= {f"optimizer.{name}": t for name, t in room_for_optimizer_tensors(self.optimizers, moments).items()}
+        tensors = {name: own[name] if name in own else torch.zeros(shape) for name, shape in shapes.items()}
+        read_pieces(path, tensors)
+        return tensors
 
     def _known_best(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """The best that a checkpoint knows of, if it is still there and the same metric says so."""

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words)
         arguments.began = began
+        _check_processes(arguments, words[0])
         return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
@@ -47,8 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DREAMER_TRACEBACK"):
             raise
-        print(f"dreamer: error: {_one_line(error)}", file=sys.stderr)
+        who = f"dreamer[{os.environ['RANK']}]" if _num_processes() > 1 else "dreamer"
+        print(f"{who}: error: {_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _num_processes() -> int:
+    """That torchrun, or a cluster, says it has started with this one."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if "RANK" in os.environ and text.isascii() and text.isdigit() else 1
+
+
+def _check_processes(arguments: argparse.Namespace, verb: str) -> None:
+    if _num_processes() > 1 and not getattr(arguments, "is_shared", False):
+        raise ValueError(
+            f"WORLD_SIZE is {_num_processes()}: dreamer {verb} is work for one process; run it once, without torchrun "
+            "(dreamer train and dreamer pretokenize can be shared)"
+        )
 
 
 def train_script(part: str, config: Path, argv: Sequence[str] | None = None) -> int:
@@ -107,6 +123,7 @@ def _parser() -> Parser:
     parts = train.add_subparsers(metavar="part", required=True)
     for phase in PHASES:
         part = add(phase, _train(phase), f"Train {phase}.", parts)
+        part.set_defaults(is_shared=True)
         part.add_argument("--dry-run", action="store_true", help="only say what it would take: shapes, parameters, FLOPs, memory")
     _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
@@ -146,6 +163,7 @@ def _parser() -> Parser:
 
 def _add_pretokenize(own: Parser) -> None:
     """What ``dreamer pretokenize`` takes for recordings, beside settings. Defaults that are not false are those of ``pretokenize_path``."""
+    own.set_defaults(is_shared=True)
     free = own.add_argument_group("recordings, without a run")
     free.add_argument("--data-path", type=Path, metavar="DIR", help="recordings, or an episode store")
     free.add_argument("--output-path", type=Path, metavar="DIR", help="folder of the latent store; made, or gone on with")
@@ -197,7 +215,8 @@ def _stage(name: str) -> Callable[[argparse.Namespace, str], int]:
 
         run = Run(_load(arguments), command, _setting_words(arguments))
         did_work = run_stage(run, name)
-        print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
+        if run.ranks.is_main:
+            print(f"{name}: {'done' if did_work else 'nothing left to do'} in {run.path}")
         return 0
 
     return verb

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dreamer.envs import env_kind, make_player
 from dreamer.models import AgentConfig, CausalTokenizerConfig, CosmosTokenizerConfig
+from dreamer.training.distributed import ParallelConfig
 from dreamer.training.phase0 import Phase0Config
 from dreamer.training.phase1 import Phase1Config
 from dreamer.training.phase2 import Phase2Config
@@ -24,6 +25,7 @@ class DreamerConfig(Config):
     run_dir: Path = Path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)  # of PyTorch on the CPU; null: as many as it likes
+    parallel: ParallelConfig = ParallelConfig()
     env: EnvConfig | None = EnvConfig()  # null: recordings or latents only, no evaluation of the agent
     record: RecordConfig = RecordConfig()
     data: DataConfig = DataConfig()

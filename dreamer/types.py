@@ -157,6 +157,9 @@ class Batch:
     has_rewards: Bool[Tensor, " B"]  # False: rewards and terminals are not known
     is_relevant: Bool[Tensor, " B"]  # drawn from the episodes that reach the task: behaviour cloning learns from these
 
+    def __len__(self) -> int:
+        return len(self.latents)
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)})
 
@@ -170,6 +173,9 @@ class FrameBatch:
     """Windows of raw frames for tokenizer training."""
 
     frames: UInt8[Tensor, "B F C H W"]
+
+    def __len__(self) -> int:
+        return len(self.frames)
 
     def to(self, device: torch.device | str) -> FrameBatch:
         return FrameBatch(self.frames.to(device, non_blocking=True))

@@ -17,6 +17,7 @@ from dreamer.data.predecessor import open_latents
 from dreamer.data.prefetch import map_ahead
 from dreamer.data.store import EpisodeStore, LatentStore, split_episodes
 from dreamer.data.windows import WindowSampler
+from dreamer.ops.shares import own_slice
 from dreamer.types import Batch, FrameBatch
 
 T = TypeVar("T")
@@ -37,9 +38,9 @@ class PretokenizedDataset:
         self._tasks, self._has_rewards = self.store.tasks, self.store.has_rewards
         self._windows = self.sampler(batch_size=1, seed=0)
 
-    def sampler(self, *, batch_size: int, seed: int, episodes: Ids | None = None, rank: int = 0, world: int = 1) -> WindowSampler:
+    def sampler(self, *, batch_size: int, seed: int, episodes: Ids | None = None) -> WindowSampler:
         chosen = self.episodes if episodes is None else episodes
-        return WindowSampler(self.store.lengths, self.sequence_length, batch_size, seed, episodes=chosen, rank=rank, world=world)
+        return WindowSampler(self.store.lengths, self.sequence_length, batch_size, seed, episodes=chosen)
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -110,9 +111,12 @@ def batches(
     The first ``round(relevant_fraction * batch_size)`` rows are drawn from ``relevant_episodes`` and marked ``is_relevant``; the others
     are drawn uniformly from the dataset. With ``long``, every ``long_every``-th batch has fewer rows (``long_batch_size``), which come from
     there; both kinds walk through all windows of their own. ``prefetch`` batches are made ahead by ``num_workers`` threads (0 of
-    either: none), whose number changes nothing in the batches. Close the iterator, or drop it, to end the threads. Raises ``ValueError``
-    for relevant rows without relevant episodes.
+    either: none), whose number changes nothing in the batches. Close the iterator, or drop it, to end the threads.
+
+    ``batch_size`` is that of the whole batch, which ``world`` processes share: process ``rank`` gets every ``world``-th row of what one
+    process would get. Raises ``ValueError`` for relevant rows without relevant episodes, and if a process would be left without a row.
     """
+    own = _own_rows(batch_size, rank, world)
     if not 0 <= relevant_fraction <= 1:
         raise ValueError(f"relevant_fraction is {relevant_fraction}; expected 0 to 1")
     if round(relevant_fraction * batch_size) and (relevant_episodes is None or len(relevant_episodes) == 0):
@@ -122,18 +126,20 @@ def batches(
         num_relevant = round(relevant_fraction * num_rows)
         samplers: list[WindowSampler] = []
         if num_relevant:  # the seed differs, so that the two parts do not walk through the same order
-            samplers.append(source.sampler(batch_size=num_relevant, seed=seed ^ 0x5EED, episodes=relevant_episodes, rank=rank, world=world))
+            samplers.append(source.sampler(batch_size=num_relevant, seed=seed ^ 0x5EED, episodes=relevant_episodes))
         if num_relevant < num_rows:
-            samplers.append(source.sampler(batch_size=num_rows - num_relevant, seed=seed, rank=rank, world=world))
+            samplers.append(source.sampler(batch_size=num_rows - num_relevant, seed=seed))
         is_relevant = np.arange(num_rows) < num_relevant
-        return lambda index: source.batch([row for s in samplers for row in s.rows(index)], is_relevant)
+        return lambda index: source.batch([row for s in samplers for row in s.rows(index)][own], is_relevant[own])
 
     short = maker(dataset, batch_size, seed)
     if long is None:
         return _stream(short, start_step, prefetch, num_workers)
     if long_every < 1:
         raise ValueError(f"long_every is {long_every}; expected at least 1")
-    few = maker(long, long_batch_size(batch_size, dataset.sequence_length, long.sequence_length), seed ^ 0x10E6)
+    num_long_rows = long_batch_size(batch_size, dataset.sequence_length, long.sequence_length)
+    _own_rows(num_long_rows, rank, world, "a batch of long rows")
+    few = maker(long, num_long_rows, seed ^ 0x10E6)
 
     def make(step: int) -> Batch:
         num_long = step // long_every  # before this step
@@ -155,13 +161,26 @@ def frame_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Stream[FrameBatch]:
-    """Windows of ``num_frames`` raw frames without end, for tokenizer training; resumes and prefetches as ``batches`` does."""
-    sampler = WindowSampler(store.lengths, num_frames, batch_size, seed, episodes=episodes, rank=rank, world=world)
+    """Windows of ``num_frames`` raw frames without end, for tokenizer training; resumes, prefetches and is shared as ``batches`` is."""
+    own = _own_rows(batch_size, rank, world)
+    sampler = WindowSampler(store.lengths, num_frames, batch_size, seed, episodes=episodes)
 
     def make(step: int) -> FrameBatch:
-        return FrameBatch(torch.from_numpy(np.stack([store.frames(e, start, start + num_frames) for e, start in sampler.rows(step)])))
+        rows = sampler.rows(step)[own]
+        return FrameBatch(torch.from_numpy(np.stack([store.frames(e, start, start + num_frames) for e, start in rows])))
 
     return _stream(make, start_step, prefetch, num_workers)
+
+
+def _own_rows(num_rows: int, rank: int, world: int, which: str = "a batch") -> slice:
+    """Those of process ``rank``; ``ValueError`` if a process would be left without one."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world}; expected 0 <= rank < world")
+    if num_rows < world:
+        raise ValueError(
+            f"{which} has {num_rows} rows, and each of {world} processes needs one; enlarge train.batch_size, or start fewer processes"
+        )
+    return own_slice(rank, world)
 
 
 def _stream(make: Callable[[int], T], start_step: int, prefetch: int, num_workers: int) -> Stream[T]:

@@ -1,4 +1,4 @@
-"""Which window comes when: a pure function of (seed, step, rank, world), so resuming needs only the step."""
+"""Which window comes when: a pure function of (seed, step), so resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BLOCK = 4096  # places of an epoch that are permuted at once: numpy's cost is by
 class WindowSampler:
     """Draws windows of ``window`` steps, uniformly over all places where one fits inside an episode.
 
-    Every epoch is another order of all windows, without replacement. The order of the whole batch (all ranks together) depends on
-    the seed only: rank r takes the r-th part of it, so ranks never share a window and their number does not matter.
+    Every epoch is another order of all windows, without replacement. It knows nothing of processes: where several share a batch, each
+    takes its rows of the whole one, so that their number does not matter.
 
     lengths: steps in each episode. episodes: the episodes to draw from (default: all).
     Raises ``ValueError`` if no episode is long enough; warns with the number of those that are not.
@@ -30,19 +30,15 @@ class WindowSampler:
         seed: int,
         *,
         episodes: Sequence[int] | np.ndarray | None = None,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        if window < 1 or batch_size < 1 or not 0 <= rank < world:
-            raise ValueError(
-                f"window {window}, batch_size {batch_size}, rank {rank} of {world}; expected at least 1, and 0 <= rank < world"
-            )
+        if window < 1 or batch_size < 1:
+            raise ValueError(f"window {window}, batch_size {batch_size}; expected at least 1 of each")
         self.episodes = np.arange(len(lengths)) if episodes is None else np.asarray(episodes, np.int64)
         if len(self.episodes) == 0 or self.episodes.min() < 0 or self.episodes.max() >= len(lengths):
             raise ValueError(
                 f"episodes to draw from: {self.episodes.tolist()[:8]}...; expected some of the {len(lengths)} that the store holds"
             )
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.batch_size, self.seed = batch_size, seed
         lengths = lengths[self.episodes]
         counts = np.maximum(lengths - window + 1, 0)
         self._ends = np.cumsum(counts)
@@ -56,7 +52,7 @@ class WindowSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch, at least 1."""
-        return max(1, self.num_windows // (self.batch_size * self.world))
+        return max(1, self.num_windows // self.batch_size)
 
     def windows(self, index: Integer[np.ndarray, " K"]) -> tuple[Integer[np.ndarray, " K"], Integer[np.ndarray, " K"]]:
         """The episodes and starts of the windows ``index`` in [0, num_windows), in the order of the store."""
@@ -65,8 +61,8 @@ class WindowSampler:
         return self.episodes[which], index - before
 
     def rows(self, step: int) -> list[tuple[int, int]]:
-        """The (episode, start) of each row of this rank's batch at ``step`` >= 0."""
-        position = (step * self.world + self.rank) * self.batch_size + np.arange(self.batch_size)
+        """The (episode, start) of each row of the batch at ``step`` >= 0."""
+        position = step * self.batch_size + np.arange(self.batch_size)
         epochs, places = np.divmod(position, self.num_windows)
         blocks, offsets = np.divmod(places, BLOCK)
         index = np.empty(self.batch_size, np.int64)

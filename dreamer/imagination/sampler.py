@@ -15,6 +15,7 @@ from torch import Tensor
 from dreamer.models.dynamics import Dynamics
 from dreamer.models.transformer import TimeCache, compile_passes
 from dreamer.ops import flow
+from dreamer.ops.shares import own_rows, whole_size
 from dreamer.types import Config
 
 
@@ -127,4 +128,5 @@ class Sampler:
 
     @staticmethod
     def _noise(like: Tensor, state: SamplerState) -> Tensor:
-        return torch.randn(like.shape, generator=state.generator, device=like.device, dtype=like.dtype)
+        shape = (whole_size(len(like)), *like.shape[1:])
+        return own_rows(torch.randn(shape, generator=state.generator, device=like.device, dtype=like.dtype))

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dreamer.ops.shares import total
 from dreamer.ops.twohot import twohot_cross_entropy
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the entries where ``mask`` is True; 0 where there are none."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+    return total(torch.where(mask, values, 0.0).sum()) / total(mask.sum()).clamp(min=1)
 
 
 def behaviour_cloning_loss(log_probs: Float[Tensor, "B T M P"], mask: Bool[Tensor, "B T M P"]) -> Float[Tensor, ""]:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from dreamer.ops.shares import total
 from dreamer.types import Config
 
 
@@ -33,11 +34,12 @@ def pmpo_loss(
     negative = (advantages < 0).float() * weights
 
     def mean_over(mask: Tensor) -> Tensor:
-        return (log_probs * mask).sum() / mask.sum().clamp(min=1e-8)
+        return total((log_probs * mask).sum()) / total(mask.sum()).clamp(min=1e-8)
 
-    kl_mean = (kl * weights).sum() / weights.sum().clamp(min=1e-8)
+    num_states = total(weights.sum()).clamp(min=1e-8)
+    kl_mean = total((kl * weights).sum()) / num_states
     loss = (1 - alpha) * mean_over(negative) - alpha * mean_over(positive) + beta * kl_mean
-    share = positive.sum() / weights.sum().clamp(min=1e-8)
+    share = total(positive.sum()) / num_states
     return loss, {"policy_loss": loss.detach(), "kl": kl_mean.detach(), "positive_share": share.detach()}
 
 

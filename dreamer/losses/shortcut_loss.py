@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dreamer.ops import flow
+from dreamer.ops.shares import holds_any, num_own, own_rows, total, whole_size
 from dreamer.types import Config
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy, signal_idx, step_idx) of the bootstrap rows -> clean prediction
@@ -37,13 +38,15 @@ class ShortcutForcingConfig(Config):
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Latents with noise, and what made them. The first ``num_flow`` rows are flow rows, the rest bootstrap rows."""
+    """Latents with noise, and what made them. The first ``num_flow`` rows are flow rows, the rest bootstrap rows. Where a batch is spread
+    over processes: those of this one; ``has_bootstrap`` is the same in all of them."""
 
     clean: Float[Tensor, "B T N Z"]
     noisy: Float[Tensor, "B T N Z"]
     signal_idx: Int[Tensor, "B T"]
     step_idx: Int[Tensor, "B T"]
     num_flow: int
+    has_bootstrap: bool
 
 
 def bootstrap_target(
@@ -88,7 +91,7 @@ class ShortcutForcingLoss:
         In both, ``context_fraction`` of the steps stand as the sampler's past does: without it, bootstrap rows would never see the
         mixture of d_min and larger steps that sampling shows them.
         """
-        batch, time = latents.shape[:2]
+        batch, time = whole_size(len(latents)), latents.shape[1]
         device = latents.device
         num_flow = batch - self._num_bootstrap(batch if num_scored is None else num_scored, generator, device)
         step_idx = torch.full((batch, time), self.finest_idx, device=device)
@@ -101,9 +104,10 @@ class ShortcutForcingLoss:
             is_context[:first] = draw < self.config.heads_context_fraction
         step_idx[is_context] = self.finest_idx
         signal_idx[is_context] = flow.signal_index(self.config.context_signal, self.max_steps)
-        noise = torch.randn(latents.shape, generator=generator, device=device, dtype=latents.dtype)
+        noise = torch.randn((batch, *latents.shape[1:]), generator=generator, device=device, dtype=latents.dtype)
+        noise, signal_idx, step_idx = map(own_rows, (noise, signal_idx, step_idx))
         noisy = flow.add_noise(latents, noise, signal_idx / self.max_steps)
-        return Corrupted(latents, noisy, signal_idx, step_idx, num_flow)
+        return Corrupted(latents, noisy, signal_idx, step_idx, num_own(num_flow), has_bootstrap=num_flow < batch)
 
     def _context_steps(self, batch: int, time: int, generator: torch.Generator | None, device: torch.device) -> Bool[Tensor, "B T"]:
         """Which steps stand as the sampler's past does."""
@@ -131,11 +135,13 @@ class ShortcutForcingLoss:
         """Mean over all steps of w(tau) ||z1^ - target||^2 (mean over N and Z), or over those of the ``rows`` that are True.
 
         The target is the clean latents where d = d_min and ``bootstrap_target`` elsewhere; ``denoise`` is called on the bootstrap
-        rows only, without gradient.
+        rows only, without gradient; on the last row where another process has some and this one none: sharded weights need every
+        process in every pass.
         """
-        c, cut = corrupted, corrupted.num_flow
+        c = corrupted
         target = c.clean
-        if cut < len(target):
+        if c.has_bootstrap:
+            cut = min(c.num_flow, len(target) - 1)
             bootstrap = bootstrap_target(denoise, c.noisy[cut:], c.signal_idx[cut:], c.step_idx[cut:], self.max_steps)
             is_flow = (c.step_idx[cut:] == self.finest_idx)[..., None, None]
             target = torch.cat([target[:cut], torch.where(is_flow, c.clean[cut:], bootstrap.to(target.dtype))])
@@ -144,8 +150,9 @@ class ShortcutForcingLoss:
         counts = torch.ones_like(weighted) if rows is None else rows[:, None].to(weighted.dtype).expand_as(weighted)
 
         def mean_over(part: slice) -> Tensor:
-            return (weighted[part] * counts[part]).sum() / counts[part].sum().clamp(min=1)
+            return total((weighted[part] * counts[part]).sum()) / total(counts[part].sum()).clamp(min=1)
 
-        parts = {"flow_loss": slice(cut), "bootstrap_loss": slice(cut, None)}
-        metrics = {name: mean_over(part).detach() for name, part in parts.items() if counts[part].any()}  # a mean of nothing is left out
+        parts = {"flow_loss": slice(c.num_flow), "bootstrap_loss": slice(c.num_flow, None)}
+        is_there = {name: holds_any(counts[part].bool()) for name, part in parts.items()}
+        metrics = {name: mean_over(part).detach() for name, part in parts.items() if is_there[name]}  # a mean of nothing is left out
         return mean_over(slice(None)), metrics

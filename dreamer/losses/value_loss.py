@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from dreamer.ops.shares import total
 from dreamer.ops.twohot import twohot_cross_entropy
 
 
@@ -16,4 +17,4 @@ def value_loss(
     The weights are the probabilities that the imagined episode still runs at t.
     """
     loss = twohot_cross_entropy(logits, returns.detach(), -bin_range, bin_range)
-    return (loss * weights).sum() / weights.sum().clamp(min=1e-8)
+    return total((loss * weights).sum()) / total(weights.sum()).clamp(min=1e-8)

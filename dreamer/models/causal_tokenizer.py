@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamer.models.transformer import TimeCache, Transformer, TransformerConfig, grid_angles
+from dreamer.ops.shares import own_rows, whole_size
 from dreamer.types import Config
 
 
@@ -117,8 +118,9 @@ class CausalTokenizer(nn.Module):
         """Latents in (-1, 1), before normalisation; patches are dropped with p ~ U(0, masking) per image."""
         tokens = self.patch_in(patches)
         if masking > 0:
-            drop = torch.rand((*tokens.shape[:2], 1, 1), generator=generator, device=tokens.device) * masking
-            dropped = torch.rand((*tokens.shape[:3], 1), generator=generator, device=tokens.device) < drop
+            shape = (whole_size(len(tokens)), *tokens.shape[1:3], 1)
+            drop = torch.rand((*shape[:2], 1, 1), generator=generator, device=tokens.device) * masking
+            dropped = own_rows(torch.rand(shape, generator=generator, device=tokens.device) < drop)
             tokens = torch.where(dropped, self.masked_patch.to(tokens.dtype), tokens)
         if self.config.layout == "aligned":
             (rows, columns), (down, across) = self.token_grid, self.fold

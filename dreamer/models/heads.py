@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dreamer.models.transformer import RMSNorm
+from dreamer.ops.shares import own_rows, whole_size
 from dreamer.ops.twohot import twohot_decode
 from dreamer.types import ActionSpace, Config
 
@@ -73,16 +74,17 @@ class ActionDistribution:
         """One action from each distribution."""
         columns_out = []
         for component, _, parameters in self._parts():
+            shape = (whole_size(len(parameters)), *parameters.shape[1:])
             if component.kind == "categorical":
-                uniform = torch.rand(parameters.shape, generator=generator, device=parameters.device)
+                uniform = own_rows(torch.rand(shape, generator=generator, device=parameters.device))
                 gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
                 columns_out.append((parameters + gumbel).argmax(-1, keepdim=True).float())
             elif component.kind == "binary":
-                uniform = torch.rand(parameters.shape, generator=generator, device=parameters.device)
+                uniform = own_rows(torch.rand(shape, generator=generator, device=parameters.device))
                 columns_out.append((uniform < parameters.sigmoid()).float())
             else:
                 normal = self._normal(parameters)
-                noise = torch.randn(normal.mean.shape, generator=generator, device=parameters.device)
+                noise = own_rows(torch.randn((*shape[:-1], normal.mean.shape[-1]), generator=generator, device=parameters.device))
                 columns_out.append(self._unscale(component, normal.mean + normal.stddev * noise))
         return torch.cat(columns_out, dim=-1)
 

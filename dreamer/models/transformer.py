@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dreamer.types import Config
 
@@ -244,8 +245,15 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.width)
         self.mlp = SwiGLU(config.width, 8 * round(config.mlp_ratio * config.width / 8))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.is_checkpointed = False  # by ``checkpoint_layers``
 
     def forward(self, x_BTSD: Tensor, *where) -> Tensor:
+        if self.is_checkpointed and torch.is_grad_enabled():
+            draws = isinstance(self.dropout, nn.Dropout)  # then the same again in the second pass
+            return checkpoint(self._forward, x_BTSD, *where, use_reentrant=False, preserve_rng_state=draws)
+        return self._forward(x_BTSD, *where)
+
+    def _forward(self, x_BTSD: Tensor, *where) -> Tensor:
         x_BTSD = x_BTSD + self.dropout(self.attention(self.attention_norm(x_BTSD), *where))
         return x_BTSD + self.dropout(self.mlp(self.mlp_norm(x_BTSD)))
 
@@ -376,6 +384,16 @@ def compile_passes(transformer: Transformer) -> None:
     if transformer._compiled is None:
         on_cuda = transformer.norm.weight.is_cuda
         transformer._compiled = torch.compile(Transformer._run_layers, mode="reduce-overhead" if on_cuda else None)
+
+
+def checkpoint_layers(module: nn.Module) -> None:
+    """Let the trained transformer layers inside ``module`` keep only what comes in, and compute the rest again in the backward pass: the
+    same numbers from less memory. Raises ``ValueError`` if there are none."""
+    layers = [m for m in module.modules() if isinstance(m, Layer) and any(p.requires_grad for p in m.parameters())]
+    if not layers:
+        raise ValueError("train.activation_checkpointing is true, but no transformer layer is trained here: it would have no effect")
+    for layer in layers:
+        layer.is_checkpointed = True
 
 
 def compile_layers(module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from dreamer.models.cosmos_weights import build_network
 from dreamer.pipeline.dry_run import Inputs, find_inputs
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.train import episode_returns
-from dreamer.training.checkpoint import list_checkpoints
+from dreamer.training.checkpoint import newest_checkpoint
 from dreamer.training.models_io import AnyTokenizer, load_tokenizer
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import Phase2, relevant_episodes
@@ -101,10 +101,10 @@ def check_run(run: Run) -> CheckReport:
 
 
 def _find(run: Run) -> _Subject:
-    has_tokenizer = bool(list_checkpoints(run.path / "tokenizer"))
+    has_tokenizer = newest_checkpoint(run.path / "tokenizer") is not None
     tokenizer = load_tokenizer(run.path / "tokenizer", run.device) if has_tokenizer else None
     told = f"tokenizer  {run.path / 'tokenizer'}"
-    trained = [phase for phase in ("phase3", "phase2", "phase1") if list_checkpoints(run.path / phase)]
+    trained = [phase for phase in ("phase3", "phase2", "phase1") if newest_checkpoint(run.path / phase)]
     latents, inputs = None, None
     if run.latents_path.is_dir() or not run.has_episodes or trained:  # what was trained is never passed over
         latents = run.latents(tokenizer)

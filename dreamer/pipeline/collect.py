@@ -148,14 +148,16 @@ def _count(path: Path) -> int:
 
 class ProgressBar:
     """``ProgressDisplay`` on stderr for work whose length is known once its first item is done; called with (done, total). Without a
-    terminal, work that takes less than ten seconds prints nothing."""
+    terminal, work that takes less than ten seconds prints nothing. ``is_shown`` False: nothing at all."""
 
-    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._name, self._clock = name, clock
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic, *, is_shown: bool = True) -> None:
+        self._name, self._is_shown, self._clock = name, is_shown, clock
         self._began, self._first = clock(), -1
         self._display: ProgressDisplay | None = None
 
     def __call__(self, done: int, total: int) -> None:
+        if not self._is_shown:
+            return
         if self._first < 0:
             self._first = done - 1
         if self._display is None:

@@ -21,7 +21,7 @@ from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import build_network
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.step_cost import StepCost, num_bytes, simulate_step
-from dreamer.training.checkpoint import list_checkpoints
+from dreamer.training.checkpoint import newest_checkpoint
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.training.phase0 import Phase0, Phase0Cosmos
@@ -85,7 +85,7 @@ def dry_run(config: DreamerConfig, part: str) -> str:
     ]
     with torch.device("meta"):
         phase = plan.build()
-    has_tokenizer = run.has_episodes or bool(list_checkpoints(run.path / "tokenizer"))  # data.latents need none
+    has_tokenizer = run.has_episodes or newest_checkpoint(run.path / "tokenizer") is not None  # data.latents need none
     tokenizer = inputs.tokenizer if part != "tokenizer" and has_tokenizer else None
     return "\n".join(
         [

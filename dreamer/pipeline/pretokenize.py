@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from dreamer.data.sources import means_store
 from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.collect import ProgressBar
 from dreamer.pipeline.run import Run, choose_device
+from dreamer.training.distributed import Ranks, parse_share
 from dreamer.training.models_io import AnyTokenizer
 
 _log = logging.getLogger(__name__)
@@ -30,17 +30,19 @@ PLACES = {"enabled", "checkpoint_path", "trust_torchscript", "checksums"}
 
 def pretokenize_latents(run: Run) -> bool:
     """Encode every episode with the run's tokenizer; goes on where an earlier call stopped. Latents and episodes have the same numbers,
-    so an episode that cannot be read is an error. Nothing to do where ``data.latents`` are learned from."""
+    so an episode that cannot be read is an error. Nothing to do where ``data.latents`` are learned from. Several processes share the
+    groups of episodes."""
     if not run.has_episodes:
         return False
     store, tokenizer = run.episodes(), run.tokenizer()
     is_new = not (run.latents_path / STORE_FILE).exists()
     before = None if is_new else LatentStore(run.latents_path, allow_partial=True).source_fingerprint
-    with ProgressBar("pretokenize") as bar:
+    with ProgressBar("pretokenize", is_shown=run.ranks.is_main) as bar:
         latents = pretokenize(
             store,
             tokenizer,
             run.latents_path,
+            shard=(run.ranks.rank, run.ranks.world),
             strict=True,
             actions=run.config.data.actions,
             device=run.device,
@@ -66,7 +68,7 @@ def encode(
         if num_workers is not None:
             raise ValueError("--workers is for --engine ray; processes of your own: --shard i/n, or torchrun")
         shard = own_share(share)
-        return pretokenize_path(data_path, output_path, open_any(own_device(device)), shard=shard, **settings)
+        return pretokenize_path(data_path, output_path, open_any(choose_device(device)), shard=shard, **settings)
     if share is not None:
         raise ValueError("--shard and --engine ray are both given; expected one of them: Ray hands out the work by itself")
     from dreamer.pipeline.pretokenize_ray import pretokenize_on_ray
@@ -169,16 +171,7 @@ def describe_tokenizer(tokenizer: AnyTokenizer) -> dict[str, Any]:
 
 def own_share(text: str | None) -> tuple[int, int]:
     """(i, n) from ``i/n``; None: from RANK and WORLD_SIZE, as torchrun sets them, else (0, 1)."""
-    name = "RANK/WORLD_SIZE" if text is None else "--shard"
-    given = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}" if text is None else text
-    words = given.split("/")
-    if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words) or int(words[0]) >= int(words[1]):
-        raise ValueError(f"{name} is {given!r}; expected i/n with 0 <= i < n, such as 0/2")
-    return int(words[0]), int(words[1])
-
-
-def own_device(name: str) -> torch.device:
-    """As ``choose_device``; of several CUDA devices the one that LOCAL_RANK names, as torchrun sets it."""
-    device = choose_device(name)
-    local_rank = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda", int(local_rank)) if device.type == "cuda" and local_rank else device
+    if text is not None:
+        return parse_share(text, "--shard")
+    ranks = Ranks.from_environment()
+    return ranks.rank, ranks.world

@@ -27,7 +27,8 @@ from dreamer.data.shards import STORE_FILE
 from dreamer.evaluation.media import write_atomic
 from dreamer.models import Agent, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.run_files import SpentFile, read_file
-from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_state
+from dreamer.training.checkpoint import newest_checkpoint, planned_steps, read_state
+from dreamer.training.distributed import Ranks
 from dreamer.training.models_io import AnyTokenizer, load_agent, load_tokenizer, settings_difference
 from dreamer.types import Tokenizer
 from dreamer.yaml_config import save_config
@@ -47,6 +48,7 @@ class Run:
         """``command``: what was typed. ``words``: those of it that give the settings, for commands that errors recommend."""
         self.config, self.command, self.words = config, command, words
         self.path = config.run_dir
+        self.ranks = Ranks.from_environment()
         self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -79,7 +81,8 @@ class Run:
 
     def save_config(self) -> None:
         """Write config.yaml. Stages call it once they know that they will go on with what is there."""
-        save_config(self.config, self.config_path)
+        if self.ranks.is_main:
+            save_config(self.config, self.config_path)
 
     def seed(self, *key: object) -> int:
         """A seed (31 bits) for one purpose, from the run's."""
@@ -163,7 +166,7 @@ class Run:
 
     def own_tokenizer(self) -> Tokenizer | None:
         """``tokenizer``; None where ``data.latents`` are learned from and this run has no tokenizer."""
-        return self.tokenizer() if self.has_episodes or list_checkpoints(self.path / "tokenizer") else None
+        return self.tokenizer() if self.has_episodes or newest_checkpoint(self.path / "tokenizer") else None
 
     def agent(self, phase: str, tokenizer_fingerprint: str, steps: int | None = None) -> Agent:
         """The agent that ``phase`` made, for latents of this tokenizer. ``steps``: how many that phase has to have behind it."""
@@ -175,23 +178,23 @@ class Run:
 
     def has(self, phase: str) -> bool:
         """Whether ``phase`` was trained; ``ValueError`` if it began and did not end: half a training must not be judged as a whole."""
-        found = list_checkpoints(self.path / phase)
+        found = newest_checkpoint(self.path / phase)
         if found:
-            self.require_finished(phase, planned_steps(found[-1][1], phase))
+            self.require_finished(phase, planned_steps(found[1], phase))
         return bool(found)
 
     def require_finished(self, phase: str, steps: int | None) -> None:
-        found = list_checkpoints(self.path / phase)
+        found = newest_checkpoint(self.path / phase)
         if not found:
             raise ValueError(f"{self.path / phase}: holds no checkpoint; run first: {self.command_for(f'train {phase}')}")
-        if steps is not None and found[-1][0] < steps:
+        if steps is not None and found[0] < steps:
             again = self.command_for(f"train {phase}")
-            raise ValueError(f"{self.path / phase}: is at step {found[-1][0]} of {steps}; run again to finish it: {again}")
+            raise ValueError(f"{self.path / phase}: is at step {found[0]} of {steps}; run again to finish it: {again}")
 
     def require_untrained(self) -> None:
         """``ValueError`` if something has learned from the run's episodes: with others among them, it could not go on."""
         folders = sorted(path.parent for path in self.path.glob("*/checkpoints"))
-        newest = {folder.name: found[-1][1] for folder in folders if (found := list_checkpoints(folder))}
+        newest = {folder.name: found[1] for folder in folders if (found := newest_checkpoint(folder))}
         # a Cosmos tokenizer that is taken as it is has seen no episodes
         if self.has_episodes and (trained := [phase for phase, path in newest.items() if "data" in read_state(path)["settings"]]):
             raise ValueError(
@@ -223,7 +226,9 @@ class Run:
 
     def write_spent(self, earlier: dict[str, Any], stage: str, seconds: float) -> None:
         """Add a stage's time to what was ``spent()`` earlier. Memory is the peak of the process so far. A report does not change who made
-        the rest, and with what."""
+        the rest, and with what. Of several processes, the main one speaks."""
+        if not self.ranks.is_main:
+            return
         before = earlier["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
         peak = max(before["peak_memory_mb"], peak_memory_mb())
         now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": peak, "command": self.command}
@@ -294,7 +299,10 @@ def _cpu_name() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises ``ValueError`` for CUDA where there is none."""
+    """``auto`` is CUDA where there is one; of several devices the one that LOCAL_RANK names, as torchrun sets it. Raises ``ValueError``
+    for CUDA where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch sees no CUDA device here; set device=cpu or device=auto")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    device = torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(local_rank)) if device.type == "cuda" and local_rank else device

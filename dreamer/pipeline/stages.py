@@ -12,6 +12,7 @@ from dreamer.pipeline.pretokenize import pretokenize_latents
 from dreamer.pipeline.report import write_run_report
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.train import knows_rewards, train_bc_long, train_phase1, train_phase2, train_phase3, train_tokenizer
+from dreamer.training.distributed import connected
 
 BEAT = 20.0  # seconds between two notes of the time that a stage has taken so far
 START = "start"  # of Python and PyTorch: no stage, but time that people wait
@@ -43,7 +44,8 @@ def run_stage(run: Run, name: str) -> bool:
     clock = threading.Thread(target=beat, name=f"clock of {name}", daemon=True)
     clock.start()
     try:
-        did_work = STAGES[name](run)
+        with connected(run.ranks, run.device):
+            did_work = STAGES[name](run)
     except KeyboardInterrupt:
         did_work = True
         raise

@@ -20,7 +20,8 @@ from dreamer.imagination import Sampler
 from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
-from dreamer.training.checkpoint import list_checkpoints, planned_steps, read_state, save_checkpoint
+from dreamer.training.checkpoint import newest_checkpoint, planned_steps, read_state, save_checkpoint
+from dreamer.training.distributed import Parallel
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer, check_same_settings
 from dreamer.training.models_io import agent_info, load_tokenizer, tokenizer_info, weights_fingerprint
@@ -61,10 +62,10 @@ def _train_cosmos(run: Run) -> bool:
     adapt, is_fitted = config.cosmos.adapt, run.config.cosmos_tokenizer.spatial_mode == "project"
     data = _Frames(run) if is_fitted or adapt != "none" else None
     settings = _cosmos_settings(run, data)
-    if found := list_checkpoints(path):  # it holds all that was there at first: the original weights may be gone
-        state = read_state(found[-1][1])
-        check_same_settings(state["settings"] | {"seed": state["seed"]}, settings | {"seed": run.config.seed}, found[-1][1])
-        if found[-1][0] >= run.config.tokenizer_steps:
+    if found := newest_checkpoint(path):  # it holds all that was there at first: the original weights may be gone
+        state = read_state(found[1])
+        check_same_settings(state["settings"] | {"seed": state["seed"]}, settings | {"seed": run.config.seed}, found[1])
+        if found[0] >= run.config.tokenizer_steps:
             return False
         tokenizer = load_tokenizer(path, run.device)
         assert isinstance(tokenizer, CosmosTokenizerWrapper)  # by its settings
@@ -76,7 +77,8 @@ def _train_cosmos(run: Run) -> bool:
     info = tokenizer_info(tokenizer)
     if adapt == "none" or data is None:
         state = {"settings": settings, "seed": run.config.seed, "num_skipped": 0}
-        save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
+        if run.ranks.is_main:
+            save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
         run.save_config()
         return True
     phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
@@ -114,6 +116,8 @@ class _Frames:
             seed=self.run.seed("tokenizer"),
             start_step=start,
             num_workers=self.run.config.data.num_workers,
+            rank=self.run.ranks.rank,
+            world=self.run.ranks.world,
         )
 
     def normalization(self) -> Iterator[Tensor]:
@@ -189,8 +193,8 @@ def train_bc_long(run: Run) -> bool:
 def _extra_steps(run: Run) -> int:
     if run.config.bc_long.extra_steps is not None:
         return run.config.bc_long.extra_steps
-    if found := list_checkpoints(run.path / "bc_long"):  # already begun: measuring again could give another number
-        return planned_steps(found[-1][1], "bc_long")
+    if found := newest_checkpoint(run.path / "bc_long"):  # already begun: measuring again could give another number
+        return planned_steps(found[1], "bc_long")
     run.require_finished("phase3", run.config.phase3.train.steps)
     seconds_a_step = run.seconds("phase2") / run.config.phase2.train.steps
     return max(run.config.phase3.train.steps, math.ceil(run.seconds("phase3") / seconds_a_step))
@@ -278,6 +282,8 @@ class _Data:
             long=long,
             long_every=long_every,
             num_workers=self.run.config.data.num_workers,
+            rank=self.run.ranks.rank,
+            world=self.run.ranks.world,
         )
 
     def held_out(self, batch_size: int, returns: np.ndarray | None = None, config: Phase2Config | None = None) -> list[Batch]:
@@ -342,7 +348,8 @@ def _train(
     stream: Callable[[int], Stream],
     hook: validation.Hook,
 ) -> bool:
-    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info)
+    parallel = Parallel(run.ranks, run.config.parallel.strategy)
+    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info, parallel=parallel)
     if trainer.step >= config.steps:
         return False
     run.save_config()

@@ -21,7 +21,7 @@ from dreamer.imagination.tokenizers import decode_windows, decodes_windows
 from dreamer.models import Agent
 from dreamer.pipeline import Run
 from dreamer.pipeline.collect import check_actions
-from dreamer.training.checkpoint import list_checkpoints
+from dreamer.training.checkpoint import newest_checkpoint
 from dreamer.training.models_io import load_agent
 from dreamer.training.settings import EnvConfig
 from dreamer.types import Batch, Tokenizer
@@ -218,7 +218,7 @@ def open_source(checkpoint: Path, *, env: str | None = None, device: str | None 
         raise ValueError(f"{checkpoint}: is no run and no part of one (no config.yaml in it or above it); expected such as runs/demo")
     overrides = [f"run_dir={json.dumps(str(root))}"] + ([f"device={device}"] if device else [])
     run = Run(load_config(DreamerConfig, root / "config.yaml", overrides), words=["--config", str(root / "config.yaml"), *overrides])
-    phases = [root / name for name in NEWEST_FIRST if list_checkpoints(root / name)] if folder == root else [folder]
+    phases = [root / name for name in NEWEST_FIRST if newest_checkpoint(root / name)] if folder == root else [folder]
     if not phases:
         raise ValueError(f"{checkpoint}: holds no trained world model; run first: {run.command_for('train phase1')}")
     tokenizer = run.own_tokenizer()

@@ -1,18 +1,26 @@
-"""Checkpoints: safetensors and JSON, no pickle. A checkpoint appears whole or not at all.
+"""Checkpoints: safetensors and JSON, no pickle. A checkpoint appears whole or not at all, and says itself whether it still is.
 
 ``<run>/checkpoints/step_00001000/`` holds
 
 ``model.safetensors``        the weights to use (the exponential moving average where there is one)
 ``model.json``               how to build the model: kind, config, action space, token grid, ...
-``train_state.safetensors``  raw weights, loss normalisers, optimiser state: what resuming needs
-``state.json``               step and the phase's resolved config
+``train_state.safetensors``  raw weights, loss normalisers, optimiser state: what resuming needs; where weights are trained in pieces, a
+                             file a process, ``train_state_00001_of_00008.safetensors`` and so on (``sharded_state.py``)
+``state.json``               step, the phase's resolved config, and what else resuming needs
+``manifest.json``            size and SHA-256 of the others, written last: without it, nothing here is a checkpoint
+
+``<run>/checkpoints/best.json`` names the best one, where ``keep_best`` says by which metric. No checkpoint is ever overwritten, and one
+that is removed loses its name first.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,23 +29,151 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dreamer.data.files import fsync_path
+from dreamer.data.files import atomic_file, fsync_path
+from dreamer.training.distributed import Parallel
+from dreamer.training.sharded_state import write_pieces
 
-FILES = ("model.safetensors", "model.json", "train_state.safetensors", "state.json")
+FILES = ("model.safetensors", "model.json", "state.json")  # and the training state, in one file or in several
+STATE = "train_state.safetensors"
+MANIFEST = "manifest.json"
+BEST = "best.json"
+FORMAT = 1
+
+_log = logging.getLogger(__name__)
+_sound: dict[Path, tuple[Any, ...]] = {}  # whose bytes this process has compared, and their stamps then
+_told: set[str] = set()  # which damage this process has warned of
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
+# ---- what is there ----------------------------------------------------------------------------------------------------------
+
+
+def _folders(run_dir: Path) -> list[tuple[int, Path]]:
+    """Everything that has a checkpoint's name, oldest first. Unfinished ones and those set aside have another one."""
+    found = [(path.name.removeprefix("step_"), path) for path in (run_dir / "checkpoints").glob("step_*")]
+    return sorted((int(digits), path) for digits, path in found if digits.isascii() and digits.isdigit())
+
+
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints, oldest first. Unfinished ones have another name."""
-    found = []
-    for path in (run_dir / "checkpoints").glob("step_*"):
-        digits = path.name.removeprefix("step_")
-        if digits.isdigit() and all((path / name).is_file() for name in FILES):
-            found.append((int(digits), path))
-    return sorted(found)
+    """Step and folder of the checkpoints whose files are there and as long as they should be, oldest first. Quick: it reads no weights,
+    so a flipped byte goes unseen; what learns from a checkpoint takes ``newest_checkpoint``."""
+    return [(step, path) for step, path in _folders(run_dir) if find_damage(path, in_full=False) is None]
+
+
+def newest_checkpoint(run_dir: Path, *, set_aside: bool = False) -> tuple[int, Path] | None:
+    """Step and folder of the newest checkpoint that is sound to the last byte; None where there is none at all.
+
+    Damaged ones that are newer are passed over with a warning. ``set_aside``: they are renamed too, to ``damaged_step_...``, so that
+    training can go on from the older one and write that step again. Raises ``ValueError`` if all are damaged: to begin anew must be
+    somebody's wish.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for step, path in reversed(_folders(run_dir)):
+        what = find_damage(path)
+        if what is None:
+            for other, told in damaged:
+                place = f"; it is now {_set_aside(other)}" if set_aside else ""
+                _warn_once(f"{told}: this checkpoint is damaged, and {path.name} is used in its place{place}")
+            return step, path
+        damaged.append((path, what))
+    if damaged:
+        raise ValueError(
+            f"{damaged[0][0].parent}: none of {len(damaged)} checkpoints is sound; the newest: {damaged[0][1]}. Restore one, or move the "
+            "folder away to begin anew"
+        )
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: a checkpoint's own folder, or the newest sound one of a run.
+
+    Raises ``ValueError`` if there is none, and for a damaged one that was named itself.
+    """
+    if (path / MANIFEST).is_file() or any((path / name).is_file() for name in FILES):
+        if what := find_damage(path):
+            raise ValueError(f"{what}: this checkpoint is damaged; use another one")
+        return path
+    found = newest_checkpoint(path)
+    if found is None:
+        raise ValueError(f"{path}: holds no finished checkpoint; expected a run's folder or one of its checkpoints/step_* folders")
+    return found[1]
+
+
+def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
+    """Which file is damaged, and how; None if all is as the manifest says. ``in_full``: to the last byte, which is done once a process for
+    the same files; else their sizes are compared."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        return str(error)
+    stamps = []
+    for name, entry in manifest["files"].items():
+        file = checkpoint / name
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            return f"{file}: is missing"
+        if stat.st_size != entry["bytes"]:
+            return f"{file}: has {stat.st_size} bytes, expected {entry['bytes']}"
+        stamps.append((name, entry["sha256"], stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    if not in_full or _sound.get(checkpoint.absolute()) == tuple(stamps):
+        return None
+    for name, entry in manifest["files"].items():
+        try:
+            is_same = _sha256(checkpoint / name) == entry["sha256"]
+        except OSError as error:
+            if error.errno != errno.EIO:  # others tell of the machine, not of the file
+                raise
+            return f"{checkpoint / name}: cannot be read ({error.strerror})"
+        if not is_same:
+            return f"{checkpoint / name}: its bytes are not those that were written (SHA-256 differs)"
+    _sound[checkpoint.absolute()] = tuple(stamps)
+    return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """``manifest.json``: format, step, is_interim, and bytes and sha256 of each file. Raises ``ValueError`` if it is missing or
+    damaged."""
+    if not (checkpoint / MANIFEST).is_file():
+        raise ValueError(f"{checkpoint / MANIFEST}: is missing")
+    manifest = read_json(checkpoint / MANIFEST, "it cannot say whether the others are whole")
+    files = manifest.get("files")
+    is_known = manifest.get("format") == FORMAT and type(manifest.get("step")) is int and type(manifest.get("is_interim")) is bool
+    if not is_known or not isinstance(files, dict) or not files.keys() >= set(FILES) or not any(n.startswith("train_state") for n in files):
+        raise ValueError(f"{checkpoint / MANIFEST}: does not list the files of a checkpoint of format {FORMAT}")
+    for name, entry in files.items():
+        is_plain = Path(name).name == name and isinstance(entry, dict)
+        if not is_plain or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"{checkpoint / MANIFEST}: its entry {name!r} is not understood")
+    if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_path(Path(), manifest["step"]).name:
+        raise ValueError(f"{checkpoint / MANIFEST}: is of step {manifest['step']}")
+    return manifest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        _log.warning("%s", message)
+
+
+def _set_aside(damaged: Path) -> Path:
+    """Another name for a damaged checkpoint, that nothing looks at and nothing removes."""
+    names = (f"damaged_{damaged.name}" + (f"_{n}" if n else "") for n in range(1000))
+    place = next(damaged.with_name(name) for name in names if not damaged.with_name(name).exists())
+    damaged.rename(place)
+    fsync_path(place.parent)
+    return place
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -48,37 +184,130 @@ def save_checkpoint(
     model_info: dict[str, Any],
     train_tensors: dict[str, torch.Tensor],
     state: dict[str, Any],
-    keep: int = 2,
+    keep_last: int = 2,
+    best: dict[str, Any] | None = None,
+    is_interim: bool = False,
+    parallel: Parallel | None = None,
 ) -> Path:
-    """Write beside, fsync, rename; then remove all but the newest ``keep``. ``OSError`` names the folder when the disk is full."""
-    final = checkpoint_path(run_dir, step)
-    needed = sum(t.numel() * t.element_size() for t in (*model_tensors.values(), *train_tensors.values()))
+    """Write beside, fsync, rename; then keep what ``tidy_checkpoints`` keeps.
+
+    ``is_interim``: it was written because of an interruption, and goes once a later one is there. Raises ``OSError`` naming the folder,
+    and leaves what was there, if the disk is full or read-only, and if there is a checkpoint of this step already.
+
+    Of several processes, all of which call this, the main one writes; with fsdp, each writes its pieces of ``train_tensors`` before.
+    """
+    parallel = parallel or Parallel()
+    final, in_pieces = checkpoint_path(run_dir, step), parallel.strategy == "fsdp"
+    num_bytes = sum(t.numel() * t.element_size() for t in (*model_tensors.values(), *train_tensors.values()))
+    temporary = None
+    try:
+        temporary = parallel.main_does(lambda: _begin(final, num_bytes))
+        own = write_pieces(temporary, train_tensors, parallel.ranks) if in_pieces else []
+        pieces = parallel.gathered({file.name: _entry(file) for file in own})
+        tensors = {"model.safetensors": model_tensors} | ({} if in_pieces else {STATE: train_tensors})
+        texts = {"model.json": model_info, "state.json": state | {"step": step}}
+        manifest = {"format": FORMAT, "step": step, "is_interim": is_interim, "files": pieces}
+        parallel.main_does(lambda: _finish(temporary, final, tensors, texts, manifest))
+    except (OSError, SafetensorError) as error:
+        raise _write_fault(error, final) from error
+    finally:
+        if temporary is not None and parallel.ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    parallel.main_does(lambda: tidy_checkpoints(run_dir, keep_last=keep_last, best=best))
+    return final
+
+
+def _begin(final: Path, num_bytes: int) -> Path:
+    """An empty folder to write into, beside ``final``."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(final.parent).free
-    if free < 1.1 * needed + 1e6:
-        message = f"too little disk: a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; free some space and run again"
-        raise OSError(errno.ENOSPC, message, str(final.parent))
-    for leftover in final.parent.glob(".writing_*"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    _require_room(final, num_bytes)
+    _sweep(final.parent)
     temporary = final.with_name(f".writing_{final.name}_{os.getpid()}")
     temporary.mkdir()
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model_tensors.items()}, temporary / "model.safetensors")
-        save_file({k: v.detach().cpu().contiguous() for k, v in train_tensors.items()}, temporary / "train_state.safetensors")
-        (temporary / "model.json").write_text(json.dumps(model_info, indent=1))
-        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        for name in FILES:
-            fsync_path(temporary / name)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    return temporary
+
+
+def _finish(
+    temporary: Path, final: Path, tensors: dict[str, dict[str, torch.Tensor]], texts: dict[str, Any], manifest: dict[str, Any]
+) -> None:
+    """Write the other files, the manifest last, and give the folder its name."""
+    for name, values in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in values.items()}, temporary / name)
+    for name, value in texts.items():
+        (temporary / name).write_text(json.dumps(value, indent=1))
+    for name in (*tensors, *texts):
+        fsync_path(temporary / name)
+    files = manifest["files"] | {name: _entry(temporary / name) for name in (*tensors, *texts)}
+    (temporary / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1))
+    fsync_path(temporary / MANIFEST)
+    fsync_path(temporary)
+    temporary.rename(final)  # fails where a checkpoint has this name
     fsync_path(final.parent)
-    for _, old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """A file in the manifest."""
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def tidy_checkpoints(run_dir: Path, *, keep_last: int, best: dict[str, Any] | None = None) -> None:
+    """Remove what killed processes left, name the best in ``best.json``, and keep the newest ``keep_last``, the best, and an interim one
+    while it is the newest. ``best``: its step, and which metric said so. Changes nothing that is as it should be."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return
+    _sweep(folder)
+    if best is None:
+        (folder / BEST).unlink(missing_ok=True)
+    elif not (folder / BEST).is_file() or (folder / BEST).read_text() != json.dumps(best):
+        with atomic_file(folder / BEST) as tmp:
+            tmp.write_text(json.dumps(best))
+    found = list_checkpoints(run_dir)
+    planned = [step for step, path in found if not read_manifest(path)["is_interim"]]
+    kept = {*planned[-keep_last:], *(step for step, _ in found[-1:]), best["step"] if best else None}
+    for step, path in found:
+        if step not in kept:
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Its name goes first: half of it must never look like a damaged one."""
+    doomed = checkpoint.with_name(f".removing_{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for leftover in (*folder.glob(".writing_*"), *folder.glob(".removing_*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{BEST}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _require_room(final: Path, num_bytes: int) -> None:
+    """``OSError`` before anything is written if it does not fit, or if this step is there already."""
+    if final.exists():
+        raise FileExistsError(errno.EEXIST, "is there already; does another process train in this folder?", str(final))
+    free = shutil.disk_usage(final.parent).free
+    if free < 1.1 * num_bytes + 1e6:
+        message = f"too little disk: a checkpoint needs {num_bytes / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise OSError(errno.ENOSPC, message, str(final.parent))
+
+
+def _write_fault(error: OSError | SafetensorError, final: Path) -> OSError:
+    """The same fault with the folder and the remedy. safetensors tells the number of a fault of the machine in words alone."""
+    if isinstance(error, OSError):
+        number, words = error.errno or errno.EIO, error.strerror or str(error)
+    else:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        words = os.strerror(number) if found else str(error)
+    remedy = "free some space and run again" if number in (errno.ENOSPC, errno.EDQUOT) else "mend that and run again"
+    return OSError(number, f"this checkpoint was not written ({words}); older ones are as they were: {remedy}", str(final))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str, Any]:
@@ -124,16 +353,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error}); use an earlier checkpoint") from error
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means: a checkpoint's own folder, or the newest of a run."""
-    if (path / "model.json").is_file():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path}: holds no finished checkpoint; expected a run's folder or one of its checkpoints/step_* folders")
-    return found[-1][1]
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:

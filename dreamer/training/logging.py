@@ -96,6 +96,10 @@ class RunLogger:
         """A line for people, above the progress bar."""
         self._progress.print(message)
 
+    def sync(self) -> None:
+        """Wait until the rows are on the disk: a checkpoint must not outlive the metrics of its steps."""
+        os.fsync(self._metrics.fileno())
+
     def close(self) -> None:
         """Flush everything to disk. May be called twice."""
         if self._metrics.closed:
@@ -114,6 +118,29 @@ class RunLogger:
 
     def _media_path(self, step: int, name: str, suffix: str) -> Path:
         return self.run_dir / "media" / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', name)}_{step:08d}.{suffix}"
+
+
+class SilentLogger(RunLogger):
+    """Of a process that leaves the writing to another one."""
+
+    def __init__(self, run_dir: str | os.PathLike[str], name: str, *, total_steps: int, resume_step: int = 0) -> None:
+        self.run_dir = Path(run_dir)
+
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def image(self, step: int, name: str, image: UInt8[np.ndarray, "H W C"]) -> Path:
+        return self._media_path(step, name, "png")
+
+    def video(self, step: int, name: str, frames: UInt8[np.ndarray, "F H W C"], fps: float) -> Path:
+        return self._media_path(step, name, "mp4")
+
+    def print(self, message: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ProgressDisplay:

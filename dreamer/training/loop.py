@@ -13,39 +13,62 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamer.models.transformer import compile_layers
-from dreamer.training.checkpoint import list_checkpoints, load_weights, read_state, read_tensors, save_checkpoint
-from dreamer.training.logging import RunLogger
+from dreamer.models.transformer import checkpoint_layers, compile_layers
+from dreamer.training.checkpoint import (
+    STATE,
+    list_checkpoints,
+    load_weights,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+    tidy_checkpoints,
+)
+from dreamer.training.distributed import Parallel, whole
+from dreamer.training.logging import RunLogger, SilentLogger
 from dreamer.training.optim import (
     OptimConfig,
     learning_rate_scale,
     load_optimizer_tensors,
     make_optimizers,
     optimizer_tensors,
+    room_for_optimizer_tensors,
     set_learning_rate,
 )
+from dreamer.training.sharded_state import read_pieces, saved_shapes
 from dreamer.types import Config
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
+# Settings that decide what is written and when, not how the weights come out: they may change when a run goes on.
+HARMLESS = {"log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing", "keep_last", "keep_best"}
+
+
+class BestConfig(Config):
+    metric: str  # of a validation, as metrics.jsonl names it, such as val_psnr
+    better: Literal["lower", "higher"] = "lower"
 
 
 class TrainConfig(Config):
     steps: int = Field(default=1000, ge=1)
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1)  # rows of a batch, of all processes together
     accumulate: int = Field(default=1, ge=1)  # batches a step, whose gradients are averaged
     optim: OptimConfig = OptimConfig()
     ema_decay: float = Field(default=0.999, ge=0, lt=1)  # of the weights that are evaluated and handed on; 0: the raw weights
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; slower on processors without bf16 products
     compile: bool = False  # the transformer layers, by torch.compile: faster steps after a minute or two
+    activation_checkpointing: bool = False  # layers are computed again in the backward pass: a third more work, far less memory
     log_every: int = Field(default=20, ge=1)
     validate_every: int = Field(default=500, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    keep_last: int = Field(default=2, ge=1)  # checkpoints
+    keep_best: BestConfig | None = None  # the checkpoint that is best by a metric stays too; each better validation writes one
 
 
 class Phase(nn.Module):
     """What the loop trains: the parameters of ``model`` that require gradients. ``model`` is what a checkpoint exports."""
 
     model: nn.Module
+    leaves_out = True  # whether some steps may give no gradient to a parameter that requires one
 
     def forward(self, batch: Any, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to descend, and metrics (detached scalars). All randomness comes from ``generator``."""
@@ -92,17 +115,30 @@ class Trainer:
     """
 
     def __init__(
-        self, phase: Phase, config: TrainConfig, run_dir: Path, *, seed: int, settings: dict[str, Any], model_info: dict[str, Any]
+        self,
+        phase: Phase,
+        config: TrainConfig,
+        run_dir: Path,
+        *,
+        seed: int,
+        settings: dict[str, Any],
+        model_info: dict[str, Any],
+        parallel: Parallel | None = None,
     ) -> None:
         self.phase, self.config, self.run_dir, self.seed = phase, config, run_dir, seed
         self.settings, self.model_info = settings, model_info
-        self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
-        self.device = next(iter(self.parameters.values())).device
+        self.parallel = parallel or Parallel()
+        if config.activation_checkpointing:
+            checkpoint_layers(phase.model)
         if config.compile:
             compile_layers(phase.model)
+        self.forward = self.parallel.wrap(phase)
+        self.parameters = {name: p for name, p in phase.model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
         self.optimizers = make_optimizers(self.parameters, config.optim, phase.rate_factor)
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
+        self.best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint
         self._resume()
 
     def run(
@@ -114,19 +150,24 @@ class Trainer:
         config = self.config
         if self.step >= config.steps:
             return
-        logger = RunLogger(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
+        kind = RunLogger if self.parallel.ranks.is_main else SilentLogger
+        logger = kind(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
         with closing(logger), closing(batches(self.step * config.accumulate)) as stream:
             while self.step < config.steps:
                 metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
                 self.step += 1
                 logger.advance(self.step)
                 is_last = self.step == config.steps
+                is_best = False
                 if validate is not None and (is_last or self.step % config.validate_every == 0):
                     with self.averaged_weights():
-                        metrics |= validate(logger, self.step)
+                        measured = validate(logger, self.step)
+                    metrics |= measured
+                    is_best = self._is_best(measured)
                 if is_last or self.step % config.log_every == 0 or self.step % config.validate_every == 0:
                     logger.log(self.step, self._loggable(metrics))
-                if is_last or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+                if is_last or is_best or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+                    logger.sync()
                     self.save()
 
     def train_step(self, batches: list[Any]) -> dict[str, Any]:
@@ -137,13 +178,14 @@ class Trainer:
         metrics: dict[str, Any] = {}
         for micro, batch in enumerate(batches):
             generator = step_generator(self.device, self.seed, self.run_dir.name, self.step, micro)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss, metrics = phase(batch.to(self.device), self.step, generator)
-            (loss / len(batches)).backward()
+            with self.parallel.micro_batch(batch, is_last=micro == len(batches) - 1):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss, metrics = self.forward(batch.to(self.device), self.step, generator)
+                (loss / len(batches)).backward()
             total += loss.item() / len(batches)
         scale = learning_rate_scale(self.step, config.steps, config.optim)
         set_learning_rate(self.optimizers, scale)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.optim.clip_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.optim.clip_norm))
         if self._is_finite(total, float(norm)):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -171,6 +213,22 @@ class Trainer:
             )
         return False
 
+    def _is_best(self, measured: dict[str, float]) -> bool:
+        """Whether this validation is better than all before it. ``ValueError`` if it does not know the metric."""
+        wanted = self.config.keep_best
+        if wanted is None:
+            return False
+        if wanted.metric not in measured:
+            known = ", ".join(sorted(measured))
+            raise ValueError(f"{self.run_dir.name}.train.keep_best.metric is {wanted.metric!r}; a validation here measures {known}")
+        value = measured[wanted.metric]
+        if not math.isfinite(value) or self._bad_in_a_row:
+            return False
+        if self.best is not None and (value >= self.best["value"] if wanted.better == "lower" else value <= self.best["value"]):
+            return False
+        self.best = {"step": self.step, "metric": wanted.metric, "better": wanted.better, "value": value}
+        return True
+
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -184,7 +242,8 @@ class Trainer:
         self._set(self.ema or training)
         self.phase.train(False)
         try:
-            yield
+            with self.parallel.whole_weights(self.phase):
+                yield
         finally:
             self._set(training)
             self.phase.train()
@@ -198,40 +257,75 @@ class Trainer:
         """Write a checkpoint of this step."""
         with self.averaged_weights(), torch.no_grad():
             self.phase.before_export()
-            model = {name: t.clone() for name, t in self.phase.model.state_dict().items()}
+            tensors = ((name, whole(t)) for name, t in self.phase.model.state_dict().items())  # one at a time
+            model = {name: t.clone() for name, t in tensors if self.parallel.ranks.is_main}
         train = {f"phase.{name}": t for name, t in self.phase.state_dict().items()}
-        train |= {f"carried.{name}": t for name, t in self.phase.carried().items()}
+        train |= {f"carried.{name}": self.parallel.gather_rows(t) for name, t in self.phase.carried().items()}
         train |= {f"ema.{name}": t for name, t in self.ema.items()}
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
-        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped}
-        return save_checkpoint(self.run_dir, self.step, model_tensors=model, model_info=self.model_info, train_tensors=train, state=state)
+        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "best": self.best}
+        return save_checkpoint(
+            self.run_dir,
+            self.step,
+            model_tensors=model,
+            model_info=self.model_info,
+            train_tensors=train,
+            state=state,
+            keep_last=self.config.keep_last,
+            best=self.best,
+            parallel=self.parallel,
+        )
 
     def _resume(self) -> None:
-        found = list_checkpoints(self.run_dir)
-        if not found:
+        found = self.parallel.main_does(lambda: newest_checkpoint(self.run_dir, set_aside=True))
+        if found is None:
             return
-        step, path = found[-1]
+        step, path = found
         state = read_state(path)
         check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
-        tensors = read_tensors(path / "train_state.safetensors")
+        tensors = self._read_train_state(path)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         load_weights(self.phase, part("phase."), path)
-        self.phase.carry({name: t.to(self.device) for name, t in part("carried.").items()})
+        self.phase.carry({name: self.parallel.own_rows(t).to(self.device) for name, t in part("carried.").items()})
         load_optimizer_tensors(self.optimizers, part("optimizer."))
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
         self.step, self.num_skipped = step, state["num_skipped"]
+        self.best = self.parallel.main_does(lambda: self._known_best(state))
+        self.parallel.main_does(lambda: tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best))
+
+    def _read_train_state(self, path: Path) -> dict[str, Tensor]:
+        """What ``save`` wrote, with this number of processes or another one, as it lies in this one."""
+        if self.parallel.strategy != "fsdp" and (path / STATE).is_file():
+            return read_tensors(path / STATE)
+        shapes = saved_shapes(path, ("phase.", "carried.", "ema.", "optimizer."))
+        moments = {name.removeprefix("optimizer."): shape for name, shape in shapes.items() if name.startswith("optimizer.")}
+        own = {f"phase.{name}": torch.zeros_like(t) for name, t in self.phase.state_dict().items()}
+        own |= {f"ema.{name}": torch.zeros_like(t) for name, t in self.ema.items()}
+        own |= {f"optimizer.{name}": t for name, t in room_for_optimizer_tensors(self.optimizers, moments).items()}
+        tensors = {name: own[name] if name in own else torch.zeros(shape) for name, shape in shapes.items()}
+        read_pieces(path, tensors)
+        return tensors
+
+    def _known_best(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """The best that a checkpoint knows of, if it is still there and the same metric says so."""
+        best, wanted = state.get("best"), self.config.keep_best
+        if best is None or wanted is None or (best["metric"], best["better"]) != (wanted.metric, wanted.better):
+            return None
+        return best if best["step"] in dict(list_checkpoints(self.run_dir)) else None
 
 
 def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path, prefix: str = "") -> None:
     """``ValueError`` naming the first setting that differs between a checkpoint and this run."""
     for key in sorted(saved.keys() | now.keys()):
         old, new = saved.get(key), now.get(key)
+        if key in HARMLESS:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             check_same_settings(old, new, where, f"{prefix}{key}.")
-        elif old != new and key not in ("log_every", "checkpoint_every", "validate_every", "compile"):
+        elif old != new:
             raise ValueError(
                 f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
                 "use the same setting to resume, or another run_dir to start anew"

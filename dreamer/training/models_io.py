@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig, CosmosTokenizerConfig, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import ScriptedCosmos, build_network
-from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_tensors
+from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_manifest, read_tensors
 from dreamer.types import ActionSpace, Tokenizer
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -125,8 +124,7 @@ def load_agent(path: Path, device: torch.device | str = "cpu", expected: AgentCo
 
 def weights_fingerprint(path: Path) -> str:
     """SHA-256 of the weights of a checkpoint, or of the newest of a run."""
-    with (find_checkpoint(path) / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return read_manifest(find_checkpoint(path))["files"]["model.safetensors"]["sha256"]
 
 
 def _filled(checkpoint: Path, info: dict[str, Any], build: Callable[[], ModuleT]) -> ModuleT:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dreamer.types import Config
 
@@ -41,6 +42,8 @@ def make_optimizers(
 
     muon = [name for name, p in parameters.items() if uses_muon(name, p)]
     rest = [name for name, p in parameters.items() if not uses_muon(name, p)]
+    if any(isinstance(parameters[name], DTensor) for name in muon):
+        raise ValueError("optim.optimizer is muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp")
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(torch.optim.Muon(groups(muon, config.muon_learning_rate), weight_decay=config.weight_decay))
@@ -74,6 +77,20 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torc
             for key, value in state.items():
                 tensors[f"{i}.{index}.{key}"] = torch.as_tensor(value)
     return tensors
+
+
+def room_for_optimizer_tensors(optimizers: list[torch.optim.Optimizer], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Tensors of these names and shapes, as ``optimizer_tensors`` gives them. One of its parameter's shape is cut into pieces as it is."""
+    parameters: dict[str, torch.Tensor] = {
+        f"{i}.{index}": parameter.detach()
+        for i, optimizer in enumerate(optimizers)
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    room = {}
+    for name, shape in shapes.items():
+        parameter = parameters.get(name.rpartition(".")[0])
+        room[name] = torch.zeros_like(parameter) if parameter is not None and parameter.shape == shape else torch.zeros(shape)
+    return room
 
 
 def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dreamer.losses.shortcut_loss import ShortcutForcingConfig, ShortcutForcingLoss
 from dreamer.models.agent import Agent
 from dreamer.models.dynamics import Dynamics, DynamicsOutput
+from dreamer.ops.shares import own_rows, total, whole_size
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.types import Batch
@@ -28,7 +29,7 @@ class Phase1Config(SequenceConfig):
 
 def draw_no_history(batch_size: int, fraction: float, generator: torch.Generator) -> Tensor:
     """Which rows are trained as separate single frames: each with probability ``fraction``."""
-    return torch.rand(batch_size, generator=generator, device=generator.device) < fraction
+    return own_rows(torch.rand(whole_size(batch_size), generator=generator, device=generator.device)) < fraction
 
 
 def shortcut_step(
@@ -44,13 +45,13 @@ def shortcut_step(
 
     Only ``rows`` count in the loss (default: all); they must come last, where the bootstrap rows are.
     """
-    corrupted = loss.corrupt(batch.latents, generator, None if rows is None else int(rows.sum()))
+    corrupted = loss.corrupt(batch.latents, generator, None if rows is None else int(total(rows.sum())))
     no_history = draw_no_history(len(batch.latents), loss.config.independent_fraction, generator)
-    cut = corrupted.num_flow
 
     def denoise(noisy: Tensor, signal_idx: Tensor, step_idx: Tensor) -> Tensor:
-        last = batch[cut:]
-        return dynamics(noisy, signal_idx, step_idx, last.prev_actions, last.prev_action_mask, no_history=no_history[cut:]).latents
+        last = slice(len(batch.latents) - len(noisy), None)
+        actions, known = batch.prev_actions[last], batch.prev_action_mask[last]
+        return dynamics(noisy, signal_idx, step_idx, actions, known, no_history=no_history[last]).latents
 
     output = dynamics(
         corrupted.noisy, corrupted.signal_idx, corrupted.step_idx, batch.prev_actions, batch.prev_action_mask, task, no_history=no_history

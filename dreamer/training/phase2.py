@@ -11,6 +11,7 @@ from torch import Tensor
 from dreamer.data.alignment import mtp_targets
 from dreamer.losses import LossNormalizer, ShortcutForcingConfig, ShortcutForcingLoss, behaviour_cloning_loss, continue_loss, reward_loss
 from dreamer.models.agent import Agent
+from dreamer.ops.shares import holds_any
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.training.phase1 import shortcut_step
@@ -77,6 +78,7 @@ class Phase2(Phase):
     """
 
     model: Agent
+    leaves_out = False
 
     def __init__(self, agent: Agent, shortcut: ShortcutForcingConfig, config: AgentLossConfig) -> None:
         super().__init__()
@@ -89,9 +91,9 @@ class Phase2(Phase):
 
     def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
-        # relevant rows first: bootstrap rows come last, and only uniform rows are worth their two extra passes
+        # relevant rows first (as ``batches`` gives them): bootstrap rows come last, and only uniform rows are worth their two extra passes
         batch = batch[torch.argsort(batch.is_relevant.long(), descending=True, stable=True)]
-        rows = ~batch.is_relevant | batch.is_relevant.all()
+        rows = ~batch.is_relevant | ~holds_any(~batch.is_relevant)
         dynamics_loss, metrics, output, no_history = shortcut_step(self.model.dynamics, self.loss, batch, generator, batch.task, rows=rows)
         assert output.features is not None
         terms = {"dynamics": (dynamics_loss, rows), **self._head_losses(batch, output.features, ~no_history)}
@@ -103,7 +105,7 @@ class Phase2(Phase):
         }
         total = torch.zeros((), device=batch.latents.device)
         for name, (term, counted) in terms.items():
-            has_rows = bool(counted.any())
+            has_rows = bool(holds_any(counted))
             if has_rows:  # a mean of nothing is left out
                 metrics[f"{name}_loss"] = term.detach()
             total = total + weights[name] * (self.normalizer(name, term, has_rows) if config.normalize_losses else term)

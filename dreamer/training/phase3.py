@@ -12,6 +12,7 @@ from dreamer.imagination.rollout import ImaginationRollout, RolloutConfig
 from dreamer.losses import LossNormalizer, PMPOConfig, PMPOLoss, value_loss
 from dreamer.models.agent import Agent
 from dreamer.ops.returns import lambda_returns
+from dreamer.ops.shares import mean
 from dreamer.training.loop import Phase, TrainConfig
 from dreamer.types import Batch, Config, Trajectory
 
@@ -65,6 +66,7 @@ class Phase3(Phase):
         self.pmpo = PMPOLoss(config.pmpo)
         self.normalizer = LossNormalizer(("value", "policy"))
         self.trajectory: Trajectory | None = None
+        self.leaves_out = config.value_only_steps > 0
         freeze_world_model(agent)
         agent.policy.requires_grad_(True)
         agent.value.requires_grad_(True)
@@ -106,10 +108,10 @@ class Phase3(Phase):
         policy_term, metrics = self.pmpo(log_probs, advantages, kl, running)
         metrics |= {
             "value_loss": value_term.detach(),
-            "imagined_reward": trajectory.rewards.sum(1).mean(),
-            "imagined_return": returns[:, 0].mean(),
-            "value": values.mean(),
-            "entropy": policy.entropy().sum(-1).mean().detach(),
+            "imagined_reward": mean(trajectory.rewards.sum(1)),
+            "imagined_return": mean(returns[:, 0]),
+            "value": mean(values),
+            "entropy": mean(policy.entropy().sum(-1)).detach(),
         }
         loss = self.normalizer("value", value_term)
         return loss + self.normalizer("policy", policy_term) if with_policy else loss, metrics

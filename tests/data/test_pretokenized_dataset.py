@@ -308,3 +308,49 @@ def test_frame_batches(make_store):
         assert set((marks[:, 0] // 10).tolist()) <= {1, 4}
     again = take(frame_batches(store, batch_size=3, num_frames=2, episodes=[1, 4], seed=0, start_step=2), 4)
     assert all(torch.equal(a.frames, b.frames) for a, b in zip(first[2:], again, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_share_the_batches_of_one(make_latents, world):
+    """Whatever their number, and also where it does not divide the rows: every kind of row falls evenly to all of them."""
+    latents = make_latents()
+    options = {
+        "batch_size": 12,
+        "seed": 3,
+        "start_step": 2,
+        "relevant_fraction": 0.5,
+        "relevant_episodes": [1, 3],
+        "long": PretokenizedDataset(latents, 8),
+        "long_every": 3,
+        "prefetch": 0,
+    }
+    dataset = PretokenizedDataset(latents, 4)
+    whole = take(batches(dataset, **options), 12)
+    parts = [take(batches(dataset, **options, rank=rank, world=world), 12) for rank in range(world)]
+    assert {len(batch) for batch in whole} == {12, 6}
+    for step, batch in enumerate(whole):
+        assert all(equal(parts[rank][step], batch[rank::world]) for rank in range(world))
+        relevant = [int(part[step].is_relevant.sum()) for part in parts]
+        assert max(relevant) - min(relevant) <= 1
+
+
+def test_processes_share_the_frames_of_one(make_store):
+    store = make_store(LENGTHS)
+    options = {"batch_size": 7, "num_frames": 2, "seed": 1, "prefetch": 0}
+    whole = take(frame_batches(store, **options), 5)
+    for rank in range(3):
+        own = take(frame_batches(store, **options, rank=rank, world=3), 5)
+        assert all(torch.equal(a.frames, b.frames[rank::3]) for a, b in zip(own, whole, strict=True))
+
+
+def test_a_process_without_a_row_is_refused(make_latents, make_store):
+    latents = make_latents()
+    dataset, long = PretokenizedDataset(latents, 4), PretokenizedDataset(latents, 8)
+    with pytest.raises(ValueError, match="a batch has 2 rows, and each of 3 processes needs one; enlarge train.batch_size, or start fewer"):
+        batches(dataset, batch_size=2, seed=0, rank=0, world=3)
+    with pytest.raises(ValueError, match="a batch of long rows has 2 rows, and each of 3 processes needs one"):
+        batches(dataset, batch_size=4, seed=0, long=long, rank=2, world=3)
+    with pytest.raises(ValueError, match="a batch has 1 rows"):
+        next(frame_batches(make_store(LENGTHS), batch_size=1, num_frames=2, seed=0, rank=1, world=2))
+    with pytest.raises(ValueError, match="rank 3 of 3; expected 0 <= rank < world"):
+        batches(dataset, batch_size=8, seed=0, rank=3, world=3)

@@ -54,16 +54,6 @@ def test_an_order_that_is_made_block_by_block_is_the_whole_one():
         assert [start for _, start in drawn.rows(step)] == order[37 * step : 37 * step + 37]
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_order_of_one(world):
-    whole = sampler((40, 30), batch_size=8)
-    parts = [sampler((40, 30), batch_size=8 // world, rank=r, world=world) for r in range(world)]
-    for step in range(30):
-        assert [row for part in parts for row in part.rows(step)] == whole.rows(step)
-    first_epoch = [{row for step in range(whole.num_windows // 8) for row in part.rows(step)} for part in parts]
-    assert all(not a & b for i, a in enumerate(first_epoch) for b in first_epoch[:i])
-
-
 def test_only_chosen_episodes_are_drawn():
     drawn = sampler((5, 9, 3, 8), episodes=[1, 3])
     assert {e for step in range(10) for e, _ in drawn.rows(step)} == {1, 3}
@@ -81,9 +71,7 @@ def test_a_window_that_fits_nowhere_is_refused():
         sampler(window=10)
 
 
-@pytest.mark.parametrize(
-    "options", [{"window": 0}, {"batch_size": 0}, {"rank": 1}, {"rank": -1, "world": 2}, {"episodes": []}, {"episodes": [3]}]
-)
+@pytest.mark.parametrize("options", [{"window": 0}, {"batch_size": 0}, {"episodes": []}, {"episodes": [3]}])
 def test_settings_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         sampler(**options)

@@ -174,7 +174,9 @@ def test_only_the_scored_rows_count_and_they_keep_their_share_of_bootstrap() -> 
     assert prediction.grad is not None
     assert (prediction.grad[:4] == 0).all()
     assert (prediction.grad[4:] != 0).any(dim=(1, 2, 3)).all()
-    tail = Corrupted(*(getattr(corrupted, name)[4:] for name in ("clean", "noisy", "signal_idx", "step_idx")), num_flow=6)
+    tail = Corrupted(
+        *(getattr(corrupted, name)[4:] for name in ("clean", "noisy", "signal_idx", "step_idx")), num_flow=6, has_bootstrap=True
+    )
     alone, alone_metrics = loss(prediction[4:], tail, linear)
     torch.testing.assert_close(value, alone)
     torch.testing.assert_close(metrics, alone_metrics)

@@ -176,9 +176,10 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changes: dict[
         Trainer(ToyPhase(), config(), tmp_path / "toy", **arguments)
 
 
-def test_how_often_to_log_may_change(tmp_path: Path) -> None:
-    saved = {"toy": {"log_every": 1, "checkpoint_every": 5}}
-    loop.check_same_settings(saved, {"toy": {"log_every": 7, "checkpoint_every": 2}}, tmp_path)
+def test_what_does_not_decide_the_weights_may_change(tmp_path: Path) -> None:
+    saved = {"toy": {"log_every": 1, "checkpoint_every": 5, "keep_last": 2, "keep_best": None}}
+    now = {"log_every": 7, "checkpoint_every": 2, "keep_last": 3, "keep_best": {"metric": "val", "better": "lower"}}
+    loop.check_same_settings(saved, {"toy": now}, tmp_path)
 
 
 def test_accumulating_equals_a_larger_batch(tmp_path: Path) -> None:
@@ -231,10 +232,75 @@ def test_the_progress_bar_follows_every_step(tmp_path: Path, monkeypatch: pytest
     assert steps == list(range(1, 14))
 
 
-@pytest.mark.parametrize("text", ["{}", '{"settings": 3, "seed": 0, "num_skipped": 0}', '{"settings": {}, "seed": 0}', "[]", "{"])
-def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("name", ["state.json", "train_state.safetensors", "model.safetensors"])
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path, config())
-    file = list_checkpoints(tmp_path / "toy")[-1][1] / "state.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: .*; .*use an earlier"):
+    expected = files(tmp_path)
+    newest = list_checkpoints(tmp_path / "toy")[-1][1]
+    (newest / name).write_bytes(b"{}")
+    assert train(tmp_path, config()).step == 13
+    assert re.search(rf"{name}: has 2 bytes, expected \d+: .*damaged, and step_00000012 is used in its place; it is now", caplog.text)
+    aside = {name: data for name, data in files(tmp_path).items() if "/damaged_" in name}
+    assert {name: data for name, data in files(tmp_path).items() if name not in aside} == expected and len(aside) == 5
+
+
+def test_where_every_checkpoint_is_damaged_training_does_not_begin_anew(tmp_path: Path) -> None:
+    train(tmp_path, config())
+    for _, path in list_checkpoints(tmp_path / "toy"):
+        (path / "state.json").write_text("{}")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="none of 2 checkpoints is sound"):
         train(tmp_path, config())
+    assert files(tmp_path) == before
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "toy" / "checkpoints" / "best.json").read_text())
+
+
+@pytest.mark.parametrize(("better", "step"), [("lower", 5), ("higher", 10)])
+def test_the_best_checkpoint_by_a_metric_is_kept(tmp_path: Path, better: Any, step: int) -> None:
+    values = {5: 1.0, 10: 3.0, 13: 2.0}
+
+    def judged(logger: Any, step: int) -> dict[str, float]:
+        return {"val": values[step]}
+
+    settings = config(keep_last=1, keep_best={"metric": "val", "better": better})
+    for stop_at in (None, 4, 7, 11):
+        folder = tmp_path / str(stop_at)
+        for stops in [stop_at, None] if stop_at else [None]:
+            trainer = Trainer(ToyPhase(), settings, folder / "toy", seed=0, settings={"toy": {"a": 1}}, model_info={"kind": "toy"})
+            try:
+                trainer.run(stopping(stops), judged)
+            except KeyboardInterrupt:
+                assert stops is not None
+        assert [step for step, _ in list_checkpoints(folder / "toy")] == [step, 13]
+        assert best_of(folder) == {"step": step, "metric": "val", "better": better, "value": values[step]}
+        assert files(folder) == {name: data for name, data in files(tmp_path / "None").items()}
+
+
+def stopping(stop_at: int | None) -> Callable[[int], Iterator[Toy]]:
+    def batches(start: int) -> Iterator[Toy]:
+        for count, batch in enumerate(stream(start)):
+            if start + count == stop_at:
+                raise KeyboardInterrupt
+            yield batch
+
+    return batches
+
+
+def test_another_metric_begins_to_look_for_the_best_anew(tmp_path: Path) -> None:
+    def train_to(steps: int, **keep_best: Any) -> None:
+        settings = {"toy": {"a": 1}}
+        trainer = Trainer(ToyPhase(), config(steps=steps, keep_best=keep_best), tmp_path / "toy", seed=0, settings=settings, model_info={})
+        trainer.run(stream, validate)
+
+    train_to(5, metric="val")
+    assert best_of(tmp_path)["step"] == 5
+    train_to(13, metric="val", better="higher")
+    assert best_of(tmp_path) == {"step": 13, "metric": "val", "better": "higher", "value": 6.5}
+
+
+def test_a_best_by_what_is_not_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"toy\.train\.keep_best\.metric is 'val_psnr'; a validation here measures val$"):
+        train(tmp_path, config(keep_best={"metric": "val_psnr"}))

@@ -97,7 +97,7 @@ def test_a_phase_is_not_resumed_from_other_initial_weights(whole: Path, tmp_path
     run = make_run(tmp_path / "run")
     for name in ("tokenizer", "latents", "phase1", "phase2"):
         shutil.copytree(whole / name, run.path / name)
-    shutil.copytree(whole / "phase2" / "checkpoints" / "step_00000007", tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "model.safetensors", run.path / "phase1" / "checkpoints" / "step_00000007" / "model.safetensors")
+    shutil.rmtree(run.path / "phase1" / "checkpoints")
+    shutil.copytree(whole / "phase2" / "checkpoints", run.path / "phase1" / "checkpoints")
     with pytest.raises(ValueError, match="initial_weights"):
         STAGES["phase2"](run)

@@ -1,0 +1,73 @@
+"""Training state in pieces: each process writes its own and reads what it needs, whoever wrote it and with how many processes.
+
+PyTorch's distributed checkpoint (DCP) plans who holds what; the pieces are safetensors files, which say in their header where they belong.
+Nothing is pickled: the reader that DCP takes by itself unpickles a file ``.metadata``, and is used nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from dreamer.training.distributed import Ranks
+
+
+def write_pieces(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list[Path]:
+    """Write ``tensors``, together with the other processes; returns this process's files (none where it has no piece). ``OSError`` if a
+    process fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of DCP's own calls
+            save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        raise OSError(f"{folder}: a piece of the training state cannot be written ({_first(error)})") from error
+    own = folder / f"shard-{ranks.rank + 1:05d}-model-00001-of-00001.safetensors"  # as DCP names it
+    return [own.rename(folder / piece_name(ranks))] if own.exists() else []
+
+
+def piece_name(ranks: Ranks) -> str:
+    return f"train_state_{ranks.rank + 1:05d}_of_{ranks.world:05d}.safetensors"
+
+
+def saved_shapes(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Size]:
+    """The names and whole shapes of a checkpoint's tensors with these prefixes, whether in pieces or in one file. Raises ``ValueError``
+    naming the folder if a piece is missing or damaged."""
+    try:
+        found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: its training state is not readable ({error!r}); use an earlier checkpoint") from error
+    shapes: dict[str, torch.Size] = {}
+    for name, entry in found.items():
+        if not name.startswith(prefixes):
+            continue
+        size, chunks = entry.size, entry.chunks  # pyright: ignore[reportAttributeAccessIssue]
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):  # DCP would leave a gap as it is
+            raise ValueError(f"{checkpoint}: a piece of {name!r} is missing; use an earlier checkpoint")
+        shapes[name] = size
+    return shapes
+
+
+def read_pieces(checkpoint: Path, targets: dict[str, Tensor]) -> None:
+    """Fill ``targets``, or this process's pieces of them, together with the other processes. Raises ``ValueError`` naming the folder if
+    something is missing, damaged or of another shape."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are no other processes, where there are none
+            load(dict(targets), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{checkpoint}: its training state cannot be read ({_first(error)}); use an earlier checkpoint") from error
+
+
+def _first(error: BaseException) -> str:
+    """What went wrong in the first process in which something did."""
+    failures = getattr(error, "failures", None)
+    return repr(failures[min(failures)][0]) if failures else repr(error)

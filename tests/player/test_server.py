@@ -136,6 +136,23 @@ def test_keys_reach_the_dream(client: TestClient) -> None:
         assert page.until(lambda m: m["type"] == "frame" and m["input"] == 8)["buttons"] == []
 
 
+def test_a_key_that_is_held_is_held_in_the_next_dream_and_a_tap_before_it_is_not(client: TestClient) -> None:
+    with connect(client) as socket:
+        page = Page(socket)
+        page.say(type="pause", value=True)
+        page.until(lambda m: m["type"] == "state" and m["paused"])
+        page.say(type="input", number=1, pressed=[0])
+        page.say(type="input", number=2, pressed=[2])
+        page.say(type="restart", where="recorded", episode=2, step=5)
+        page.say(type="step")
+        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 1 and m["input"] == 2)["buttons"] == [2]
+        page.say(type="input", number=3, pressed=[0])
+        page.say(type="input", number=4, pressed=[])
+        page.say(type="restart", where="same")
+        page.say(type="step")
+        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 1 and m["input"] == 4)["buttons"] == []
+
+
 def test_pause_step_restart_and_hand_over(client: TestClient) -> None:
     with connect(client) as socket:
         page = Page(socket)

@@ -321,6 +321,22 @@ def test_who_comes_back_while_dreams_are_cleared_away_keeps_his(source: DreamSou
             assert list(seats) == sessions[1:]
 
 
+def test_two_pages_that_come_at_once_get_the_places_of_two_that_left(source: DreamSource, wait_for: Callable[..., None]) -> None:
+    with visiting(source, max_seats=2) as client:
+        for _ in range(2):
+            with connect(client) as socket:
+                Page(socket).of("hello")
+        wait_for(lambda: all(seat.connection is None for seat in client.player.seats.values()), "two left dreams")
+        is_over = threading.Event()
+        client.player._workers.submit(is_over.wait)  # places take their time to become free
+        with connect(client) as one:
+            wait_for(lambda: len(client.player.seats) == 1, "place that becomes free")
+            with connect(client) as two:
+                wait_for(lambda: len(client.player.seats) == 2, "other page that takes it")
+                is_over.set()
+                assert {Page(one).of("hello")["session"], Page(two).of("hello")["session"]} == set(client.player.seats)
+
+
 def test_a_second_window_takes_the_dream_over(client: TestClient) -> None:
     with connect(client) as first:
         page = Page(first)

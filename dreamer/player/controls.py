@@ -167,7 +167,12 @@ class Hands:
         self._turn = np.clip(self._turn + turn, -2 * CAMERA_MAX, 2 * CAMERA_MAX)
 
     def release(self) -> None:
-        self._held, self._tapped, self._turn = (), [], np.zeros(2)
+        self._held = ()
+        self.forget()
+
+    def forget(self) -> None:
+        """Taps and turns since the last tick; what is held stays held."""
+        self._tapped, self._turn = [], np.zeros(2)
 
     @property
     def is_fresh(self) -> bool:

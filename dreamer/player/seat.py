@@ -253,7 +253,7 @@ class Seat:
         return self.source.recorded(wanted.episode, wanted.step, context)
 
     async def _begin(self, choose: Callable[[], Start]) -> None:
-        self.hands.release()
+        self.hands.forget()
 
         def make() -> tuple[Moment, list[bytes]]:
             moment = self.dream.begin(choose())

@@ -115,9 +115,9 @@ class Player:
                 seat.leave()
 
     async def _new_seat(self, ws: WebSocket) -> Seat | None:
-        if len(self.seats) >= self.max_seats:
-            oldest = min((s.left_at for s in self.seats.values() if s.connection is None), default=None)
-            await self._drop(lambda seat: seat.left_at == oldest)
+        while len(self.seats) >= self.max_seats and (left := [s.left_at for s in self.seats.values() if s.connection is None]):
+            oldest = min(left)  # while it is closed, another page may take the place: then the next one goes
+            await self._drop(lambda seat, oldest=oldest: seat.left_at == oldest)
         if len(self.seats) >= self.max_seats:
             await _close(ws, FULL, f"all {self.max_seats} dreams of this server are played in; close one of them")
             return None

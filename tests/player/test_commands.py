@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dreamer import cli
+from dreamer.models import CausalTokenizer
 from dreamer.player.commands import EXTRA
 
 
@@ -52,6 +54,20 @@ def test_a_run_without_a_world_model_and_one_without_an_agent(
     if verb[0] == "dream":
         (begun / "phase1").symlink_to(run_path / "phase1")
         assert "phase 1 trains no policy; play a checkpoint of phase 2 or 3" in complaint(capsys, *verb, begun, "--actions", "policy")
+
+
+def test_latents_that_cannot_be_decoded(
+    verb: list[object], run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"  # a run that learns from latents alone and has no tokenizer
+    bare.mkdir()
+    (bare / "phase1").symlink_to(run_path / "phase1")
+    settings = yaml.safe_load((run_path / "config.yaml").read_text()) | {"env": None}
+    settings["data"]["latents"] = str(run_path / "latents")
+    (bare / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "tokenizer does not decode, so that a dream has no frames" in complaint(capsys, *verb, bare)
+    monkeypatch.setattr(CausalTokenizer, "can_decode", False)  # as Cosmos with one vector a frame
+    assert "tokenizer does not decode, so that a dream has no frames" in complaint(capsys, *verb, run_path)
 
 
 def test_environments_that_do_not_fit(run_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dreamer.data import EpisodeStore
-from dreamer.player.source import DreamSource
+from dreamer.player.source import DreamSource, open_source
 
 pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
 
@@ -141,6 +141,14 @@ def test_the_policy_takes_over_and_gives_back(visit: Callable[..., Any], serve: 
     tab.until(lambda: tab.page.locator("#pad button.on").count() == 1, "the agent's keys")
     tab.page.get_by_role("button", name="Take over").click()
     tab.until(lambda: tab.text("who") == "you play", "the way back")
+
+
+def test_a_world_model_without_an_agent_says_so(visit: Callable[..., Any], serve: Callable[..., Any], run_path: Path) -> None:
+    tab = visit(serve(open_source(run_path / "phase1")).link)
+    assert tab.text("signals") == "Phase 1 trains no reward, value or continue."
+    assert tab.page.locator("#policy").is_disabled()
+    tab.press("m")
+    assert tab.text("problem") == "Phase 1 trains no agent that could play." and tab.text("who") == "you play"
 
 
 def test_an_agent_that_is_let_play_ends_the_pause(visit: Callable[..., Any], serve: Callable[..., Any]) -> None:

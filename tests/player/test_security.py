@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -189,6 +191,43 @@ def test_rates_are_a_bucket() -> None:
     assert [rate.allows_one_more() for _ in range(2)] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["GET / HTTP/1.1", "Host: {host}"], 200),
+        (["GET / HTTP/1.0"], 400),
+        (["GET / HTTP/1.1", "Host: {host}", "Host: evil.example"], 400),
+        (["GET / HTTP/1.1", "Host: evil.example", "X-Forwarded-Host: {host}"], 400),
+        (["GET http://evil.example/ HTTP/1.1", "Host: evil.example"], 400),
+        (["GET /../config.yaml HTTP/1.1", "Host: {host}"], 403),
+        (["GET /..%2fconfig.yaml HTTP/1.1", "Host: {host}", "Authorization: Bearer {token}"], 404),
+        (["GET /recording.mp4?token={token} HTTP/1.1", "Host: {host}"], 403),
+        (["POST /image HTTP/1.1", "Host: {host}", "Authorization: Bearer {token}", "Content-Length: 0"], 403),
+        (["not HTTP"], 400),
+    ],
+)
+def test_requests_over_a_real_connection(serve: Callable[..., Any], lines: list[str], status: int) -> None:
+    here = serve()
+    request = "".join(f"{line}\r\n" for line in [*lines, "Connection: close", ""]).format(host=here.host, token=here.token)
+    with socket.create_connection(("127.0.0.1", int(here.host.rpartition(":")[2])), timeout=60) as wire:
+        wire.sendall(request.encode())
+        answer = b""
+        while b"\r\n" not in answer and (part := wire.recv(4096)):
+            answer += part
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_nobody_but_this_machine_is_listened_to(source: DreamSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = []
+
+    def run(self: Any, sockets: list[socket.socket]) -> None:
+        bound.extend(listener.getsockname()[0] for listener in sockets)
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    server.serve(source, port=0, say=lambda link: None)
+    assert bound == ["127.0.0.1"]
+
+
 def test_a_handshake_and_a_message_too_large_over_a_real_connection(serve: Callable[..., Any]) -> None:
     here = serve()
     address = f"ws://{here.host}/dream?token={here.token}"
@@ -196,9 +235,22 @@ def test_a_handshake_and_a_message_too_large_over_a_real_connection(serve: Calla
         with pytest.raises(InvalidStatus) as refused:
             websockets.sync.client.connect(address, **wrong)
         assert refused.value.response.status_code == 403
-    with websockets.sync.client.connect(address, origin=f"http://{here.host}") as socket:
-        socket.send("x" * (1 << 20))
-        with pytest.raises(ConnectionClosed) as closed:
+    with websockets.sync.client.connect(address, origin=f"http://{here.host}") as ws:
+        ws.send("x" * (1 << 20))
+        assert closing_code(ws) == server.TOO_BIG
+    with websockets.sync.client.connect(address, origin=f"http://{here.host}") as ws:
+        with contextlib.suppress(ConnectionClosed):  # it may be closed before all parts are sent
+            ws.send(["x" * 2000] * 5)
+        assert closing_code(ws) == server.TOO_BIG
+    with websockets.sync.client.connect(address, origin=f"http://{here.host}") as ws:
+        with contextlib.suppress(ConnectionClosed):
             while True:
-                socket.recv(timeout=60)
-        assert closed.value.rcvd.code == server.TOO_BIG
+                ws.send('{"type": "seen", "frame": 0}')
+        assert closing_code(ws) == server.TOO_MANY
+
+
+def closing_code(ws: Any) -> int:
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            ws.recv(timeout=60)
+    return closed.value.rcvd.code

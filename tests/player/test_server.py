@@ -136,6 +136,23 @@ def test_keys_reach_the_dream(client: TestClient) -> None:
         assert page.until(lambda m: m["type"] == "frame" and m["input"] == 8)["buttons"] == []
 
 
+def test_a_key_that_is_held_is_held_in_the_next_dream_and_a_tap_before_it_is_not(client: TestClient) -> None:
+    with connect(client) as socket:
+        page = Page(socket)
+        page.say(type="pause", value=True)
+        page.until(lambda m: m["type"] == "state" and m["paused"])
+        page.say(type="input", number=1, pressed=[0])
+        page.say(type="input", number=2, pressed=[2])
+        page.say(type="restart", where="recorded", episode=2, step=5)
+        page.say(type="step")
+        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 1 and m["input"] == 2)["buttons"] == [2]
+        page.say(type="input", number=3, pressed=[0])
+        page.say(type="input", number=4, pressed=[])
+        page.say(type="restart", where="same")
+        page.say(type="step")
+        assert page.until(lambda m: m["type"] == "frame" and m["index"] == 1 and m["input"] == 4)["buttons"] == []
+
+
 def test_pause_step_restart_and_hand_over(client: TestClient) -> None:
     with connect(client) as socket:
         page = Page(socket)
@@ -302,6 +319,22 @@ def test_who_comes_back_while_dreams_are_cleared_away_keeps_his(source: DreamSou
             for sweep in sweeps:
                 sweep.result()
             assert list(seats) == sessions[1:]
+
+
+def test_two_pages_that_come_at_once_get_the_places_of_two_that_left(source: DreamSource, wait_for: Callable[..., None]) -> None:
+    with visiting(source, max_seats=2) as client:
+        for _ in range(2):
+            with connect(client) as socket:
+                Page(socket).of("hello")
+        wait_for(lambda: all(seat.connection is None for seat in client.player.seats.values()), "two left dreams")
+        is_over = threading.Event()
+        client.player._workers.submit(is_over.wait)  # places take their time to become free
+        with connect(client) as one:
+            wait_for(lambda: len(client.player.seats) == 1, "place that becomes free")
+            with connect(client) as two:
+                wait_for(lambda: len(client.player.seats) == 2, "other page that takes it")
+                is_over.set()
+                assert {Page(one).of("hello")["session"], Page(two).of("hello")["session"]} == set(client.player.seats)
 
 
 def test_a_second_window_takes_the_dream_over(client: TestClient) -> None:

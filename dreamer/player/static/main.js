@@ -82,6 +82,7 @@ const link = new Link({
     $("num_steps").replaceChildren(...message.num_steps.map((k) => new Option(k, k)));
     $("context").max = message.most_context;
     $("policy").disabled = !message.has.policy;
+    $("policy").title = message.has.policy ? "" : "Phase 1 trains no agent that could play.";
     $("beside-label").hidden = $("environment").hidden = !message.has.env;
     controls = message.controls;
     hint();
@@ -178,7 +179,7 @@ const commands = {
   restart: () => link.send({ type: "restart", where: "same" }),
   random: () => link.send({ type: "restart", where: "random" }),
   environment: () => link.send({ type: "restart", where: "environment" }),
-  policy: () => $("policy").disabled || link.send({ type: "policy", mode: state.policy ? null : $("mode").value }),
+  policy: () => ($("policy").disabled ? problem($("policy").title) : link.send({ type: "policy", mode: state.policy ? null : $("mode").value })),
   record: () => link.send({ type: "record", value: !state.recording }),
   store: () => link.send({ type: "store" }),
   download,

@@ -76,8 +76,9 @@ def _train_cosmos(run: Run) -> bool:
     info = tokenizer_info(tokenizer)
     if adapt == "none" or data is None:
         state = {"settings": settings, "seed": run.config.seed, "num_skipped": 0}
+        run.begin()
+        info |= run.made_with()
         save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
-        run.save_config()
         return True
     phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
     held_out = data.held_out()
@@ -342,9 +343,10 @@ def _train(
     stream: Callable[[int], Stream],
     hook: validation.Hook,
 ) -> bool:
+    info |= run.made_with()
     trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info)
     if trainer.step >= config.steps:
         return False
-    run.save_config()
+    run.begin()
     trainer.run(stream, hook)
     return True

@@ -261,7 +261,7 @@ def peak_memory_mb() -> float:
 def hardware(device: torch.device) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     facts = {
-        "CPU": f"{cores} cores, {_cpu_name()}",
+        "CPU": f"{cores} core{'s' if cores > 1 else ''}, {_cpu_name()}",
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -40,7 +40,7 @@ def check_record(run: Path, command: str) -> None:
     assert load_config(DreamerConfig, run / "config.yaml").run_dir == run
     told = json.loads((run / "evaluation" / "run.json").read_text())
     assert told["command"] == command and told["revisions"][-1] == REVISION
-    assert told["versions"]["torch"] == torch.__version__ and "cores" in told["hardware"]["CPU"]
+    assert told["versions"]["torch"] == torch.__version__ and " core" in told["hardware"]["CPU"]
     assert told["hardware"]["dreamer"] == dreamer.__version__
 
 

@@ -247,8 +247,8 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
         config = _load(arguments)
         open_any, device = partial(open_tokenizer, config), config.device
         given.setdefault("actions", config.data.actions)
-    paths, engine = (arguments.data_path, arguments.output_path), arguments.engine or "local"
-    store = encode(open_any, *paths, engine, arguments.shard, arguments.workers, arguments.device or device, **given)
+    given |= {"engine": arguments.engine or "local", "share": arguments.shard, "num_workers": arguments.workers}
+    store = encode(open_any, arguments.data_path, arguments.output_path, device=arguments.device or device, command=command, **given)
     print(f"{store.path}: {len(store)} episodes with {store.lengths.sum()} latent steps, {len(store.quarantine)} recordings left out")
     if store.quarantine:
         print(f"why: see {store.path / 'quarantine.json'}")

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 import textwrap
 import tokenize
 import typing
@@ -99,9 +100,15 @@ def order_of(path: Path) -> int:
     return names.index(room) if room in names else -1
 
 
+def scale_tables() -> str:
+    scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
+    return "\n\n".join(scale[name](scale["Rates"]()) for name in ("rates_table", "plan_table", "days_table"))
+
+
 GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("configuration.md", "keys"): settings_table,
     ("architecture.md", "files"): files_table,
+    ("scale.md", "scale"): scale_tables,
 }
 
 

@@ -34,6 +34,11 @@ def record_episodes(run: Run) -> bool:
     """
     config = run.config
     before = _count(run.episodes_path)
+
+    def begin() -> None:
+        run.require_untrained()
+        run.begin()
+
     if config.data.recordings is not None:
         recordings = config.data.recordings
         if recordings.reader == "store":
@@ -46,7 +51,7 @@ def record_episodes(run: Run) -> bool:
                 recordings.reader,
                 progress=bar,
                 options=recordings.options,
-                before_adding=run.require_untrained,
+                before_adding=begin,
             )
     else:
         env = config.env
@@ -62,12 +67,11 @@ def record_episodes(run: Run) -> bool:
                 config.seed,
                 player_maker=lambda name, _, **options: make_any_player(name, env, **options),
                 progress=bar,
-                before_adding=run.require_untrained,
+                before_adding=begin,
             )
-    added = _count(run.episodes_path) > before
-    if added or not run.config_path.exists():  # else it tells what the run was made with, which these settings need not be
-        run.save_config()
-    return added
+    if not run.config_path.exists():  # else it tells what the run was made with, which these settings need not be
+        run.begin()
+    return _count(run.episodes_path) > before
 
 
 def check_lengths(run: Run) -> None:

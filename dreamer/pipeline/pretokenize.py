@@ -12,15 +12,18 @@ from typing import Any, Literal
 import torch
 
 from dreamer.config import DreamerConfig
-from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader, pretokenize
+from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader
 from dreamer.data.pretokenize import GroupMaker, make_share
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.sources import means_store
 from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.collect import ProgressBar
-from dreamer.pipeline.run import Run, choose_device
+from dreamer.pipeline.run import Run, choose_device, provenance, write_json
+from dreamer.training.checkpoint import read_json
 from dreamer.training.distributed import Ranks, parse_share
 from dreamer.training.models_io import AnyTokenizer
+
+RECORD_FILE = "run.json"  # beside latents that were made without a run
 
 _log = logging.getLogger(__name__)
 
@@ -37,53 +40,78 @@ def pretokenize_latents(run: Run) -> bool:
     store, tokenizer = run.episodes(), run.tokenizer()
     is_new = not (run.latents_path / STORE_FILE).exists()
     before = None if is_new else LatentStore(run.latents_path, allow_partial=True).source_fingerprint
-    with ProgressBar("pretokenize", is_shown=run.ranks.is_main) as bar:
-        latents = pretokenize(
-            store,
-            tokenizer,
-            run.latents_path,
-            shard=(run.ranks.rank, run.ranks.world),
-            strict=True,
-            actions=run.config.data.actions,
-            device=run.device,
-            about=describe_tokenizer(tokenizer),
-            progress=bar,
-        )
-    return latents.source_fingerprint != before
+    maker = GroupMaker(
+        store,
+        tokenizer,
+        run.latents_path,
+        strict=True,
+        actions=run.config.data.actions,
+        device=run.device,
+        about=describe_tokenizer(tokenizer),
+    )
+    if len(maker.finished) < len(maker.groups):
+        run.note_start()
+    return _make(maker, (run.ranks.rank, run.ranks.world)).source_fingerprint != before
 
 
 def encode(
     open_any: Callable[[torch.device], AnyTokenizer],
     data_path: Path,
     output_path: Path,
+    *,
     engine: str,
     share: str | None,
     num_workers: int | None,
     device: str,
+    command: str,
     **settings: Any,
 ) -> LatentStore:
-    """``pretokenize_path`` with the tokenizer that ``open_any`` gives for a device: this process's ``share`` of it (engine: local), or all
-    of it, by ``num_workers`` actors of a Ray cluster (ray)."""
+    """Encode the recordings or the episode store at ``data_path`` with the tokenizer that ``open_any`` gives for a device: this process's
+    ``share`` of it (engine: local), or all of it, by ``num_workers`` actors of a Ray cluster (ray). settings: those of ``open_groups``.
+
+    ``RECORD_FILE`` beside the latents says, from the start, what ``command`` is making them, with what."""
     if engine == "local":
         if num_workers is not None:
             raise ValueError("--workers is for --engine ray; processes of your own: --shard i/n, or torchrun")
         shard = own_share(share)
-        return pretokenize_path(data_path, output_path, open_any(choose_device(device)), shard=shard, **settings)
+        maker = open_groups(data_path, output_path, open_any(choose_device(device)), **settings)
+        _note_start(maker, command)
+        return _make(maker, shard)
     if share is not None:
         raise ValueError("--shard and --engine ray are both given; expected one of them: Ray hands out the work by itself")
-    from dreamer.pipeline.pretokenize_ray import pretokenize_on_ray
+    from dreamer.pipeline.pretokenize_ray import load_ray, pretokenize_on_ray
 
+    load_ray()  # before anything is written
+    open_maker = functools.partial(_open_groups_on, open_any=open_any, paths=(data_path, output_path), settings=settings)
+    maker = open_maker(torch.device("cpu"))
+    _note_start(maker, command)
     with ProgressBar("pretokenize") as bar:
-        return pretokenize_on_ray(groups_opener(open_any, data_path, output_path, **settings), device, num_workers, bar)
+        return pretokenize_on_ray(maker, open_maker, device, num_workers, bar)
+
+
+def _open_groups_on(
+    device: torch.device, *, open_any: Callable[[torch.device], AnyTokenizer], paths: tuple[Path, Path], settings: Mapping[str, Any]
+) -> GroupMaker:
+    """``open_groups`` as other processes can be told to call it."""
+    return open_groups(*paths, open_any(device), **settings)
+
+
+def _note_start(maker: GroupMaker, command: str) -> None:
+    if len(maker.finished) < len(maker.groups):
+        file = maker.path / RECORD_FILE
+        earlier = read_json(file, "remove it and run again") if file.exists() else {}
+        write_json(file, provenance(command, torch.device(maker.device), earlier))
 
 
 def pretokenize_path(
     data_path: Path, output_path: Path, tokenizer: AnyTokenizer, *, shard: tuple[int, int] = (0, 1), **settings: Any
 ) -> LatentStore:
-    """Encode the recordings or the episode store at ``data_path``, on the tokenizer's device. shard: as ``dreamer.data.pretokenize`` takes
-    it; settings: those of ``open_groups``."""
-    maker = open_groups(data_path, output_path, tokenizer, **settings)
-    with ProgressBar("pretokenize") as bar:
+    """``make_share`` of what ``open_groups`` gives."""
+    return _make(open_groups(data_path, output_path, tokenizer, **settings), shard)
+
+
+def _make(maker: GroupMaker, shard: tuple[int, int]) -> LatentStore:
+    with ProgressBar("pretokenize", is_shown=shard[0] == 0) as bar:
         return make_share(maker, shard, bar)
 
 
@@ -112,20 +140,6 @@ def open_groups(
         about=describe_tokenizer(tokenizer),
         **settings,
     )
-
-
-def groups_opener(
-    open_any: Callable[[torch.device], AnyTokenizer], data_path: Path, output_path: Path, **settings: Any
-) -> Callable[[torch.device], GroupMaker]:
-    """``open_groups`` for a device that is not known yet, with a tokenizer that ``open_any`` gives; can be sent to other processes if
-    that can."""
-    return functools.partial(_open_groups_on, open_any=open_any, paths=(data_path, output_path), settings=settings)
-
-
-def _open_groups_on(
-    device: torch.device, *, open_any: Callable[[torch.device], AnyTokenizer], paths: tuple[Path, Path], settings: Mapping[str, Any]
-) -> GroupMaker:
-    return open_groups(*paths, open_any(device), **settings)
 
 
 def open_source(path: Path, frame_shape: tuple[int, int, int], reader_name: str | None, options: Mapping[str, Any]) -> EpisodeSource:

@@ -45,15 +45,19 @@ def choose_resources(cluster: Mapping[str, float], device: str, num_workers: int
 
 
 def pretokenize_on_ray(
-    open_maker: OpenMaker, device: str, num_workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    planned: GroupMaker,
+    open_maker: OpenMaker,
+    device: str,
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LatentStore:
-    """Make all groups that are not finished on a Ray cluster: the one that is connected, or that RAY_ADDRESS names, else one started here.
+    """Make the groups of ``planned`` that are not finished on a Ray cluster: the one that is connected, or that RAY_ADDRESS names, else one
+    started here.
 
-    open_maker(device) is called in each actor, and here once, to plan; it must be picklable, and find the same folders everywhere.
-    Raises ``ValueError`` and ``OSError`` as ``dreamer.data.pretokenize`` does, and ``ValueError`` if ray is not installed.
+    open_maker(device) gives each actor its own ``planned``; it must be picklable, and find the same folders everywhere. Raises
+    ``ValueError`` and ``OSError`` as ``dreamer.data.pretokenize`` does, and ``ValueError`` if ray is not installed.
     """
-    ray = _load_ray()
-    planned = open_maker(torch.device("cpu"))
+    ray = load_ray()
     todo = [number for number in range(len(planned.groups)) if number not in planned.finished]
     total = len(planned.groups.sources)
     done = itertools.count(total - sum(len(planned.groups[number]) for number in todo) + 1)
@@ -75,7 +79,7 @@ def pretokenize_on_ray(
     return write_quarantine(planned.path)
 
 
-def _load_ray() -> Any:
+def load_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
         import ray

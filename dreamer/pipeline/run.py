@@ -12,7 +12,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class Run:
         return self.path / "evaluation"
 
     @property
+    def spent_path(self) -> Path:
+        return self.evaluation_path / "run.json"
+
+    @property
     def report_path(self) -> Path:
         return self.path / "report.html"
 
@@ -83,6 +87,11 @@ class Run:
         """Write config.yaml. Stages call it once they know that they will go on with what is there."""
         if self.ranks.is_main:
             save_config(self.config, self.config_path)
+
+    def begin(self) -> None:
+        """``save_config`` and ``note_start``, before anything is made: a run that is killed right after tells where it comes from."""
+        self.save_config()
+        self.note_start()
 
     def seed(self, *key: object) -> int:
         """A seed (31 bits) for one purpose, from the run's."""
@@ -212,17 +221,29 @@ class Run:
     def spent(self) -> dict[str, Any]:
         """``evaluation/run.json``: command, hardware, versions, revisions, and by stage the seconds, the peak memory in MB and
         its newest command."""
-        path = self.evaluation_path / "run.json"
-        if not path.exists():
+        if not self.spent_path.exists():
             return {"stages": {}}
-        return read_file(path, SpentFile, "restore it, or remove it: times are measured only once").model_dump(exclude_unset=True)
+        remedy = "restore it, or remove it: times are measured only once"
+        return read_file(self.spent_path, SpentFile, remedy).model_dump(exclude_unset=True)
 
     def seconds(self, stage: str) -> float:
         """Time that all calls of a stage took together. ``ValueError`` if it was never run."""
         stages = self.spent()["stages"]
         if stage not in stages:
-            raise ValueError(f"{self.evaluation_path / 'run.json'}: knows no time for {stage}; run it first, or set bc_long.extra_steps")
+            raise ValueError(f"{self.spent_path}: knows no time for {stage}; run it first, or set bc_long.extra_steps")
         return float(stages[stage]["seconds"])
+
+    def made_with(self) -> dict[str, Any]:
+        """For a checkpoint, which may be copied without its run. No command: it names the run's folder, and equal runs have equal bytes."""
+        made = provenance(self.command, self.device, {})
+        return {"made_with": {key: made[key] for key in ("hardware", "versions", "revisions")}}
+
+    def note_start(self) -> None:
+        """Write down command, hardware, versions and revision, without any time. Of several processes, the main one does."""
+        if not self.ranks.is_main:
+            return
+        earlier = self.spent()
+        write_json(self.spent_path, provenance(self.command, self.device, earlier) | {"stages": earlier["stages"]})
 
     def write_spent(self, earlier: dict[str, Any], stage: str, seconds: float) -> None:
         """Add a stage's time to what was ``spent()`` earlier. Memory is the peak of the process so far. A report does not change who made
@@ -232,17 +253,10 @@ class Run:
         before = earlier["stages"].get(stage, {"seconds": 0.0, "peak_memory_mb": 0.0})
         peak = max(before["peak_memory_mb"], peak_memory_mb())
         now = {"seconds": before["seconds"] + seconds, "peak_memory_mb": peak, "command": self.command}
-        made = {"command": self.command, "hardware": hardware(self.device), "versions": versions()}
+        made = provenance(self.command, self.device, earlier)
         if stage == "report":
-            made |= {key: earlier[key] for key in made if key in earlier}
-        write_json(
-            self.evaluation_path / "run.json",
-            {
-                **made,
-                "revisions": list(dict.fromkeys([*earlier.get("revisions", []), git_revision()])),  # all that had a part in it
-                "stages": earlier["stages"] | {stage: now},
-            },
-        )
+            made |= {key: earlier[key] for key in ("command", "hardware", "versions") if key in earlier}
+        write_json(self.spent_path, made | {"stages": earlier["stages"] | {stage: now}})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -258,7 +272,7 @@ def peak_memory_mb() -> float:
 def hardware(device: torch.device) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     facts = {
-        "CPU": f"{cores} cores, {_cpu_name()}",
+        "CPU": f"{cores} core{'s' if cores > 1 else ''}, {_cpu_name()}",
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -269,8 +283,14 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of the packages that decide what comes out."""
-    names = ("torch", "numpy", "gymnasium", "crafter", "minigrid", "torchmetrics", "safetensors")
+    names = ("torch", "numpy", "av", "einops", "gymnasium", "crafter", "minigrid", "torchmetrics", "safetensors")
     return {name: importlib.metadata.version(name) for name in names}
+
+
+def provenance(command: str, device: torch.device, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept with results: the newest command, hardware and versions, and all revisions that had a part in it."""
+    made = {"command": command, "hardware": hardware(device), "versions": versions()}
+    return made | {"revisions": list(dict.fromkeys([*earlier.get("revisions", []), git_revision()]))}
 
 
 @functools.cache

@@ -44,7 +44,8 @@ class Comparison:
 
     @property
     def titles(self) -> list[str]:
-        return list(dict.fromkeys(title for entry in self.entries for title in entry.columns))
+        fullest = sorted(self.entries, key=lambda entry: -len(entry.columns))  # its order is that of all
+        return list(dict.fromkeys(title for entry in fullest for title in entry.columns))
 
     @property
     def differences(self) -> dict[str, list[str]]:
@@ -126,7 +127,8 @@ def _reached(run: Run) -> dict[str, str]:
         found["time"] = duration(sum(float(stage["seconds"]) for stage in spent["stages"].values()))
     hardware = spent.get("hardware", {})
     found["device"] = hardware.get("GPU", hardware.get("CPU", ""))
-    found["revision"] = " ".join(str(revision)[:7] + ("+" if "+" in str(revision) else "") for revision in spent.get("revisions", []))
+    revisions = [revision for revision in spent.get("revisions", []) if revision]  # null: not from a git checkout
+    found["revision"] = " ".join(revision[:7] + ("+" if "+" in revision else "") for revision in revisions)
     return found
 
 

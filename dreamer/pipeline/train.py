@@ -77,9 +77,10 @@ def _train_cosmos(run: Run) -> bool:
     info = tokenizer_info(tokenizer)
     if adapt == "none" or data is None:
         state = {"settings": settings, "seed": run.config.seed, "num_skipped": 0}
+        run.begin()
         if run.ranks.is_main:
-            save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=info, train_tensors={}, state=state)
-        run.save_config()
+            made = info | run.made_with()
+            save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=made, train_tensors={}, state=state)
         return True
     phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
     held_out = data.held_out()
@@ -348,10 +349,10 @@ def _train(
     stream: Callable[[int], Stream],
     hook: validation.Hook,
 ) -> bool:
-    parallel = Parallel(run.ranks, run.config.parallel.strategy)
-    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=info, parallel=parallel)
+    parallel, made = Parallel(run.ranks, run.config.parallel.strategy), info | run.made_with()
+    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=made, parallel=parallel)
     if trainer.step >= config.steps:
         return False
-    run.save_config()
+    run.begin()
     trainer.run(stream, hook)
     return True

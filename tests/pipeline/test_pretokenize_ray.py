@@ -20,9 +20,10 @@ import pytest
 import torch
 
 from dreamer.cli import main
+from dreamer.data.pretokenize import GroupMaker
 from dreamer.models import CausalTokenizer, CausalTokenizerConfig, TransformerConfig
 from dreamer.pipeline import pretokenize_ray
-from dreamer.pipeline.pretokenize import groups_opener, open_groups
+from dreamer.pipeline.pretokenize import open_groups
 from dreamer.pipeline.pretokenize_ray import Resources, choose_resources, pretokenize_on_ray
 from dreamer.training.checkpoint import save_checkpoint
 from dreamer.training.models_io import load_tokenizer, tokenizer_info
@@ -35,7 +36,7 @@ CPU = torch.device("cpu")
 def cluster() -> Iterator[Any]:
     """Two cores of this machine, for the whole module: starting it takes seconds."""
     pytest.importorskip("ray", reason="needs Ray: pip install 'dreamer4[ray]'")
-    ray = pretokenize_ray._load_ray()
+    ray = pretokenize_ray.load_ray()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20, address="local")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test
     yield ray
@@ -68,8 +69,8 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Hidden files are what killed writers leave behind."""
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if not p.name.startswith(".")}
+    """Hidden files are what killed writers leave behind; run.json holds the command."""
+    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if not p.name.startswith(".") and p.name != "run.json"}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,12 @@ def plain(recordings: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFa
     return contents(out)
 
 
+def open_on(device: torch.device, recordings: Path, tokenizer: Path, out: Path) -> GroupMaker:
+    return open_groups(recordings, out, load_tokenizer(tokenizer, device), shard_episodes=2)
+
+
 def opener(recordings: Path, tokenizer: Path, out: Path) -> Any:
-    return groups_opener(partial(load_tokenizer, tokenizer), recordings, out, shard_episodes=2)
+    return partial(open_on, recordings=recordings, tokenizer=tokenizer, out=out)
 
 
 def test_the_verb_gives_the_same_bytes(
@@ -96,6 +101,7 @@ def test_the_verb_gives_the_same_bytes(
     words = ["pretokenize", "--data-path", "data", "--output-path", "out", "--tokenizer", str(tokenizer), "--shard-episodes", "2"]
     words += ["--device", "cpu", "--engine", "ray", "--workers", "2"]
     assert main(words) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["command"].endswith("--engine ray --workers 2")
     assert "out: 8 episodes with 80 latent steps, 2 recordings left out\nwhy: see out/quarantine.json" in capsys.readouterr().out
     assert contents(tmp_path / "out") == plain and len(plain) == 5 + 3
     listed = json.loads((tmp_path / "out" / "quarantine.json").read_text())
@@ -136,7 +142,7 @@ def test_killed_workers_change_nothing(
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     seen: list[tuple[int, int]] = []
-    store = pretokenize_on_ray(slow, "cpu", 2, lambda *counts: seen.append(counts))
+    store = pretokenize_on_ray(slow(CPU), slow, "cpu", 2, lambda *counts: seen.append(counts))
     killer.join(10)
     assert killed and len({int(p.name) for p in (tmp_path / "notes").iterdir()}) > 1 + len(killed)  # others took over
     assert contents(tmp_path / "out") == plain and len(store) == 8
@@ -146,21 +152,19 @@ def test_killed_workers_change_nothing(
 def test_it_goes_on_with_what_others_have_begun(
     cluster: Any, recordings: Path, tokenizer: Path, plain: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """Groups that the engine local has made are kept, and a store of another tokenizer is refused before anything runs."""
+    """Groups that the engine local has made are kept."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path / "out"
-    open_groups(recordings, out, load_tokenizer(tokenizer, CPU), shard_episodes=2).make([1, 3], lambda: None)
+    on = opener(recordings, tokenizer, out)
+    on(CPU).make([1, 3], lambda: None)
     torch.set_num_threads(threads)
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("shard-*")}
     assert len(before) == 2
     seen: list[tuple[int, int]] = []
-    assert pretokenize_on_ray(opener(recordings, tokenizer, out), "auto", 1, lambda *counts: seen.append(counts)).is_complete
+    assert pretokenize_on_ray(on(CPU), on, "auto", 1, lambda *counts: seen.append(counts)).is_complete
     assert contents(out) == plain and seen == [(number, NUM_RECORDINGS) for number in range(5, 11)]
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
-    other = groups_opener(partial(load_tokenizer, tokenizer), recordings, out, shard_episodes=3)
-    with pytest.raises(ValueError, match="shard_episodes is 2; cannot go on with 3"):
-        pretokenize_on_ray(other, "cpu")
 
 
 def failing_opener(device: torch.device, *, inner: Any, pid: int) -> Any:
@@ -176,7 +180,7 @@ def test_errors_are_told_as_without_ray(cluster: Any, recordings: Path, tokenize
     assert capsys.readouterr().err.splitlines()[-1].startswith("dreamer: error: r2: got lengths that disagree")
     failing = partial(failing_opener, inner=opener(recordings, tokenizer, tmp_path / "stale"), pid=os.getpid())
     with pytest.raises(OSError, match="Stale file handle"):
-        pretokenize_on_ray(failing, "cpu", 1)
+        pretokenize_on_ray(failing(CPU), failing, "cpu", 1)
     assert not list((tmp_path / "stale").glob("shard-*"))
     assert main([*words, "--engine", "ray", "--workers", "3", "--device", "cpu"]) == 2
     assert "workers is 3; expected 1 to 2, the cores of the Ray cluster" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 import zipfile
 import zlib
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_PICKLE_BYTES = 1 << 26  # data.pkl holds names and shapes only: some kB
+MAX_PICKLE_BYTES = 1 << 22  # data.pkl holds names and shapes only: some kB
 MAX_CODE_BYTES = 1 << 26  # so does code/
 
 _STORAGES = {
@@ -102,7 +103,11 @@ class _Unpickler(pickle.Unpickler):
     """Reads ``data.pkl``. What ``find_class`` returns is all that a pickle can call."""
 
     def __init__(self, archive: zipfile.ZipFile, prefix: str) -> None:
-        super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")))
+        data = archive.read(f"{prefix}data.pkl")
+        for opcode, argument, _ in pickletools.genops(data):  # Python's unpickler makes room up to the highest place that is named
+            if opcode.name in ("PUT", "LONG_BINPUT") and argument is not None and argument > len(data):
+                raise pickle.UnpicklingError(f"keeps a value at place {argument} in {len(data)} bytes")
+        super().__init__(io.BytesIO(data))
         self._archive, self._prefix = archive, prefix
         self._storages: dict[str, Tensor] = {}
 

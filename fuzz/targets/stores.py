@@ -42,8 +42,10 @@ def _variants(folder: Path) -> list[Variant]:
             found = 0
         return {STORE_FILE: text, SHARD: made.resealed(shard, canonical(description | {"store_checksum": found}, "").encode())}
 
-    def with_layout(text: bytes) -> Mapping[str, bytes]:
-        return {SHARD: made.safetensors_of(json.dumps(json.loads(change_layout(text)) | metadata).encode(), payload)}
+    def with_layout(data: bytes) -> Mapping[str, bytes]:
+        changed = json.loads(change_layout(data))
+        header = changed | metadata if isinstance(changed, dict) else changed
+        return {SHARD: made.safetensors_of(json.dumps(header).encode(), payload)}
 
     def layout_of(text: bytes) -> Mapping[str, bytes]:
         return {SHARD: made.safetensors_of(text, payload)}
@@ -56,7 +58,7 @@ def _variants(folder: Path) -> list[Variant]:
         Variant("constants", with_constants, [constants]),
         Variant("constant values", lambda data: with_constants(change_constants(data)), []),
         Variant("layout", layout_of, [layout]),
-        Variant("layout values", lambda data: with_layout(data) if data else {}, []),
+        Variant("layout values", with_layout, []),
     ]
 
 

@@ -49,6 +49,8 @@ def tensors(place: str, valid: bytes) -> list[Variant]:
 
 def _checkpoints(folder: Path) -> None:
     torch.manual_seed(0)
+    with torch.device("meta"):
+        torch.arange(2)  # imports PyTorch's compiler, which no input should
     sides = {"patch_size": 4, "token_grid": (1, 1), "latent_channels": 2, "encoder": SMALL, "decoder": SMALL}
     tokenizer = CausalTokenizer(CausalTokenizerConfig.model_validate(sides), (3, 8, 8))
     dynamics = {"transformer": SMALL, "num_registers": 1, "max_steps": 4}

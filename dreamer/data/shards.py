@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -66,7 +67,12 @@ def write_shard(path: Path, arrays: dict[str, np.ndarray], header: dict[str, Any
         # one key only: safetensors keeps no order among several, and equal shards must be equal bytes
         tmp.touch()
         mode = tmp.stat().st_mode  # as the umask wants it; safetensors would make the file for its owner alone
-        save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, tmp, {"dreamer": f"{checksum(text.encode()):08x}{text}"})
+        metadata = {"dreamer": f"{checksum(text.encode()):08x}{text}"}
+        try:
+            save_file({k: np.ascontiguousarray(a) for k, a in arrays.items()}, tmp, metadata)
+        except SafetensorError as error:  # this is how it tells that the disk is full; the number stands in the text
+            number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+            raise OSError(number, f"{os.strerror(number)}; the shard was not written. Mend this and run again", str(path)) from error
         tmp.chmod(mode)
 
 

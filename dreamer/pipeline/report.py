@@ -119,7 +119,10 @@ def _memory_figure(spent: dict[str, Any]) -> list[KeyFigure]:
 def agent_rows(run: Run) -> list[ReturnRow]:
     path = run.evaluation_path / "agent.json"
     rows = read_file(path, AgentFile, _AGAIN).rows if path.exists() else []
-    return [ReturnRow.of(row.label, row.role, row.result, row.mode) for row in rows]
+    try:
+        return [ReturnRow.of(row.label, row.role, row.result, row.mode) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged ({error}); {_AGAIN}") from error
 
 
 def _world_model(run: Run) -> tuple[WorldModelResult | None, list[DreamClip], Reconstructions | None]:

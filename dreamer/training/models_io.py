@@ -16,6 +16,7 @@ from dreamer.models.cosmos_weights import ScriptedCosmos, build_network
 from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_manifest, read_tensors
 from dreamer.types import ActionSpace, Tokenizer
 
+MAX_UNSEEN_BYTES = 1 << 29  # of a model that is built before its sizes are compared with the weights
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _NO_MODEL = (
     KeyError,
@@ -130,33 +131,34 @@ def weights_fingerprint(path: Path) -> str:
 def _filled(checkpoint: Path, info: dict[str, Any], build: Callable[[], ModuleT]) -> ModuleT:
     """What ``build`` makes of ``info``, with the weights of the checkpoint.
 
-    It is built without content first: sizes that the weights do not have must not ask for the memory of a model.
+    One that may be large is built without content first: sizes that the weights do not have must not ask for memory, nor for ever.
     """
     file = checkpoint / "model.safetensors"
     tensors = read_tensors(file)
     try:
-        if (num := _most_layers(info)) > len(tensors):
+        if (num := _largest(info, "num_layers")) > len(tensors):
             raise ValueError(f"{num} layers, in {len(tensors)} tensors")
-        with torch.device("meta"):
-            hollow = build()
+        if 16 * (side := _largest(info)) ** 3 + 64 * (num + 4) * side**2 > MAX_UNSEEN_BYTES:
+            with torch.device("meta"), warnings.catch_warnings():  # the first use takes seconds: it imports PyTorch's compiler
+                warnings.simplefilter("ignore")  # that nothing is copied
+                load_weights(build(), tensors, file)
+        model = build()
     except _NO_MODEL as error:
-        if isinstance(error.__cause__, ImportError):  # something is not installed: the checkpoint is sound
+        # what is not installed, and weights of other shapes, are told already
+        if isinstance(error.__cause__, ImportError) or str(file) in str(error):
             raise
         raise _damaged(checkpoint, error) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch notes that nothing is copied
-        load_weights(hollow, tensors, file)
-    model = build()
     load_weights(model, tensors, file)
     return model
 
 
-def _most_layers(value: Any) -> int:
-    """The largest of all values called num_layers: each layer is built, also without content."""
-    if not isinstance(value, dict):
-        return 0
-    own = [n for n in (value.get("num_layers"),) if isinstance(n, int)]
-    return max([0, *own, *map(_most_layers, value.values())])
+def _largest(value: Any, name: str | None = None) -> int:
+    """The largest whole number in ``model.json``, or of those with a name: no side of a tensor is longer, but for products of three."""
+    if isinstance(value, dict):
+        return max((_largest(v, name) for k, v in value.items() if name is None or k == name or isinstance(v, dict)), default=0)
+    if isinstance(value, list):
+        return max((_largest(v, name) for v in value), default=0)
+    return value if type(value) is int else 0
 
 
 def _read_info(checkpoint: Path, kind: str) -> dict[str, Any]:

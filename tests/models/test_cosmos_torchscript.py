@@ -155,3 +155,10 @@ def test_a_file_that_was_cut_off_is_refused(archive: Path, fraction: float) -> N
     archive.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(ValueError, match="not a readable TorchScript archive"):
         read_torchscript_tensors(archive)
+
+
+def test_a_pickle_of_a_few_bytes_asks_for_no_memory(tmp_path: Path) -> None:
+    """Python's unpickler makes a list as long as the highest place that a value is kept at: 2.7 GB for this one."""
+    path = write_archive(tmp_path / "m.jit", b"\x80\x02Nr" + (170_000_000).to_bytes(4, "little") + b".")
+    with pytest.raises(ValueError, match="keeps a value at place 170000000 in 9 bytes"):
+        read_torchscript_tensors(path)

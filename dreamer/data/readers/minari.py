@@ -20,6 +20,7 @@ from dreamer.data.alignment import episode_from_transitions
 from dreamer.data.checks import check_episode
 from dreamer.data.readers.files import load_json, refuse
 from dreamer.data.readers.frames import check_size, resize_frames
+from dreamer.data.readers.hdf5 import check_episode_group
 from dreamer.types import Episode
 
 MAX_EPISODES = 10_000_000
@@ -69,7 +70,10 @@ class MinariReader:
             got = f"{recording}: actions are {storage.action_space}, those of the first dataset {self._gym_space}"
             raise ValueError(f"{got}; import it into another store")
         try:
-            (episode,) = storage.get_episodes([int(recording.name.removeprefix("episode_"))])
+            number = int(recording.name.removeprefix("episode_"))
+            if (file := recording.parent / "main_data.hdf5").exists():
+                check_episode_group(file, f"episode_{number}")
+            (episode,) = storage.get_episodes([number])
             frames = _frames(storage.observation_space, episode["observations"], self.image)
             rewards = np.asarray(episode["rewards"])
             actions = [self._codec.encode(_at(episode["actions"], t)) for t in range(len(rewards))]

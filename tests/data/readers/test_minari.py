@@ -1,6 +1,7 @@
 """Minari datasets, made by minari itself where it is installed."""
 
 import importlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from PIL import Image
 
 from dreamer.data import EpisodeStore, import_recordings
 from dreamer.data.readers.minari import MinariReader, _frames, _is_image
@@ -171,3 +173,67 @@ def test_damaged_datasets_are_named(tmp_path):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"action_space": '{"type": "Nothing"}'}))
     with pytest.raises(ValueError, match="data: cannot be opened"):
         MinariReader(root)
+
+
+def huge(file, episode):
+    del episode["rewards"]
+    episode.create_dataset("rewards", shape=(1 << 40,), chunks=(1 << 10,), dtype="f8")  # nothing of it is stored
+
+
+def outside(file, episode):
+    del episode["rewards"]
+    path = Path(file.filename).with_name("other.raw")
+    path.write_bytes(bytes(64))
+    episode.create_dataset("rewards", shape=(5,), dtype="f8", external=[(str(path), 0, 40)])
+
+
+def linked(file, episode):
+    del episode["rewards"]
+    episode["rewards"] = importlib.import_module("h5py").ExternalLink("other.hdf5", "/secret")
+
+
+def circle(file, episode):
+    episode["infos/again"] = episode
+
+
+def pictures(episode, content):
+    """Observations as minari keeps them in JPEG."""
+    del episode["observations"]
+    bytes_each = importlib.import_module("h5py").vlen_dtype(np.uint8)
+    made = episode.create_dataset("observations", shape=(6,), dtype=bytes_each)
+    for i in range(6):
+        made[i] = np.frombuffer(content, np.uint8)
+
+
+def postscript(file, episode):
+    pictures(episode, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n")
+
+
+def bomb(file, episode):
+    picture = io.BytesIO()
+    Image.new("L", (1000, 1000)).save(picture, "JPEG", quality=1)
+    pictures(episode, picture.getvalue())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (huge, "it unpacks to 8796093"),
+        (outside, "the data of /episode_0/rewards lie in other files"),
+        (linked, "rewards in /episode_0 is a ExternalLink"),
+        (circle, "occurs twice"),
+        (postscript, "picture 0 of /episode_0/observations is no JPEG"),
+        (bomb, "it unpacks to 18000"),
+    ],
+)
+def test_files_that_ask_for_too_much_or_for_others_are_refused(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("dreamer.data.readers.hdf5.MAX_EPISODE_BYTES", 1 << 20)
+    root = make_dataset(tmp_path / "sets", [[0, 1, 2, 1, 2]])
+    reader = MinariReader(root)
+    (recording,) = reader.find(root)
+    assert len(reader.read(recording)) == 6
+    with importlib.import_module("h5py").File(recording.parent / "main_data.hdf5", "r+") as file:
+        change(file, file["episode_0"])
+    with pytest.raises(ValueError, match=rf"episode_00000: cannot be read \(.*{message}"):
+        reader.read(recording)

@@ -78,8 +78,9 @@ def test_the_quantiser_is_odd_and_near(turn):
     turn = np.array(turn)
     index = encode_camera(turn)
     assert encode_camera(-turn) == 120 - index
-    near = np.abs(decode_camera(index) - np.clip(turn, -10, 10))
-    assert (near <= 0.28 + 0.25 * np.abs(np.clip(turn, -10, 10))).all()
+    turn = np.clip(turn, -10, 10)
+    # a bin is 0.2 wide where |degrees| + 1 = 11 ** companded
+    assert (np.abs(decode_camera(index) - turn) <= (11**0.1 - 1) * (1 + np.abs(turn)) + 1e-9).all()
 
 
 def test_what_is_no_turn_or_no_class_is_refused():

@@ -66,7 +66,7 @@ def fuzz_target(name: str, seconds: int, seed: int, work: Path, command: str) ->
             result.executions += int(statuses[-1][1])
             result.edges, result.features = max(result.edges, int(statuses[-1][2])), max(result.features, int(statuses[-1][3]))
             result.corpus = int(statuses[-1][4])
-        if any("DONE" in line for line in lines[-20:]):
+        if any("DONE  " in line for line in lines):
             break
         if not statuses:
             raise RuntimeError(f"fuzzing {name} cannot begin: " + "\n".join(lines[-30:]))

@@ -32,6 +32,7 @@ from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchs
 Checksums = Literal["report", "require"]
 REPOSITORIES = ("nvidia/Cosmos-1.0-Tokenizer-CV8x8x8", "nvidia/Cosmos-0.1-Tokenizer-CV8x8x8", "nvidia/Cosmos-Tokenize1-CV8x8x8-720p")
 
+PLAIN_SIZE = 1024  # CV8x8x8 is 512 wide; a network of larger numbers is looked at before it is built
 MAX_STATISTICS_BYTES = 1 << 24  # mean_std.pt, unpacked: some kB
 
 # MD5 of the files of nvidia/Cosmos-Tokenize1-CV8x8x8-720p, from its checksum list. Those of the other releases are not known here.
@@ -151,7 +152,7 @@ def load_network(path: Path, checksums: Checksums = "report") -> nn.Module:
     """The network in fp32 on the CPU with the weights in the folder ``path``. Raises ``ValueError`` as ``read_weights`` does."""
     _network_class()  # before some hundred MB are read
     weights = read_weights(path, checksums)
-    network = build_network(weights.architecture)
+    network = _network_of(weights, path)
     own = network.state_dict()
     unused = _unused_resamplers(weights.tensors.keys() - own.keys())
     tensors = {name: t for name, t in weights.tensors.items() if name not in unused}
@@ -164,6 +165,24 @@ def load_network(path: Path, checksums: Checksums = "report") -> nn.Module:
             raise ValueError(f"{path}: weight {name!r} has shape {shapes}; these are the weights of another network")
     network.load_state_dict(tensors)
     return network
+
+
+def _network_of(weights: CosmosWeights, path: Path) -> nn.Module:
+    """The network that config.json describes, which comes from elsewhere: it must not ask for more than its weights could fill."""
+    numbers = [n for value in weights.architecture.values() for n in (value if isinstance(value, list | tuple) else [value])]
+    sizes = [n for n in numbers if type(n) is int]
+    num_layers = weights.architecture.get("num_layers")
+    try:
+        if type(num_layers) is int and num_layers > len(weights.tensors):
+            raise ValueError(f"{num_layers} layers, in {len(weights.tensors)} tensors")
+        if max(sizes, default=0) > PLAIN_SIZE:
+            with torch.device("meta"):  # without content
+                hollow = build_network(weights.architecture).state_dict()
+            if sum(t.numel() for t in hollow.values()) > 2 * sum(t.numel() for t in weights.tensors.values()):
+                raise ValueError("it is larger than its weights")
+        return build_network(weights.architecture)
+    except Exception as error:  # diffusers checks little of it
+        raise ValueError(f"{path}: config.json does not describe a Cosmos tokenizer ({error}); get the files again") from error
 
 
 def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

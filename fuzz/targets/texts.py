@@ -30,9 +30,6 @@ from fuzz import made
 from fuzz.contract import Target, Variant
 from fuzz.targets.weights import values, whole
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-
-
 # ---- configs
 
 
@@ -42,9 +39,8 @@ def _config(folder: Path) -> None:
 
 
 def _config_variants(folder: Path) -> Sequence[Variant]:
-    text = (CONFIGS / "vpt_causal.yaml").read_bytes()
-    sections = [b"phase1:\n" + part for part in text.split(b"\nphase1:\n")[1:]]
-    texts = [b"seed: 3\nenv: null\ndata: {recordings: {path: x}}\n", *sections]
+    section = b"phase1:\n  sequence_length: 64  # steps\n  long_every: 4\n  train:\n    steps: 10_000\n    optim: {learning_rate: 3e-4}\n"
+    texts = [b"seed: 3\nenv: null\ndata: {recordings: {path: x}}\n", section.replace(b"10_000", b"0x400")]
     words = [b"phase1.train.steps=10\ntokenizer.token_grid=[2, 2]", b"env=null\ndata.recordings={path: x, reader: npy}"]
     return [Variant("file", whole("config.yaml"), texts), Variant("words", whole("words.txt"), words, _read_words)]
 

@@ -24,7 +24,7 @@ from dreamer.models import (
     create_cosmos_tokenizer,
     create_cosmos_tokenizer_from_config,
 )
-from dreamer.models.cosmos_weights import REPOSITORIES, ScriptedCosmos, build_network, diffusers_names
+from dreamer.models.cosmos_weights import REPOSITORIES, ScriptedCosmos, build_network, diffusers_names, load_network
 from dreamer.training.checkpoint import save_checkpoint
 from dreamer.training.models_io import load_tokenizer, tokenizer_info
 
@@ -418,3 +418,22 @@ def test_a_checkpoint_without_diffusers_is_not_called_damaged(
 def test_a_config_that_is_not_enabled_is_refused() -> None:
     with pytest.raises(ValueError, match="cosmos_tokenizer.enabled is false"):
         create_cosmos_tokenizer_from_config(CosmosTokenizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_block_out_channels": [1 << 20] * 4}, "it is larger than its weights"),
+        ({"num_layers": 10**9}, "1000000000 layers"),
+        ({"latent_channels": [3]}, "does not describe a Cosmos tokenizer"),
+        ({"patch_size": 0}, "does not describe a Cosmos tokenizer"),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused_before_memory_is(
+    cosmos_weights: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(cosmos_weights, tmp_path / "w")
+    config = tmp_path / "w" / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"{tmp_path / 'w'}: config.json does not describe.*{message}|{message}"):
+        load_network(tmp_path / "w")

@@ -272,7 +272,7 @@ def latent_statistics(network: Any) -> tuple[Float[Tensor, "2 Z"], Float[Tensor,
         if values is None or not len(values) or len(values) % config.latent_channels:
             count = "no values" if values is None else f"{len(values)} values"
             raise ValueError(f"Cosmos tokenizer: {name} has {count}; expected some for each of {config.latent_channels} channels")
-        table = torch.tensor(values, dtype=torch.float32).reshape(config.latent_channels, -1)
+        table = torch.tensor(values, dtype=torch.float32, device="cpu").reshape(config.latent_channels, -1)
         pair.append(torch.stack([table[:, 0], table[:, min(1, table.shape[1] - 1) :].mean(1)]))
     mean, std = pair
     if not bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):

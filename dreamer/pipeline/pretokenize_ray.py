@@ -18,6 +18,7 @@ from dreamer.data import LatentStore
 from dreamer.data.pretokenize import GroupMaker, write_quarantine
 from dreamer.pipeline.run import choose_device
 
+MAX_RETRIES = 3  # of a group whose worker was killed: one that kills every worker must not go round for ever
 OpenMaker = Callable[[torch.device], GroupMaker]
 
 
@@ -68,11 +69,14 @@ def pretokenize_on_ray(
         try:
             resources = choose_resources(ray.cluster_resources(), device, num_workers)
             for row in _rows(ray, open_maker, device, resources, todo):
-                if row["error"]:
+                if row["kind"]:
                     raise {"ValueError": ValueError, "OSError": OSError}[row["kind"]](row["error"])
                 for _ in planned.groups[row["group"]]:
                     if progress:
                         progress(next(done), total)
+        except ray.exceptions.RayError as error:
+            text = f"the Ray cluster lost the workers of a group {1 + MAX_RETRIES} times, or itself ({type(error).__name__})"
+            raise OSError(f"{planned.path}: {text}; what is finished stays, run again") from error
         finally:
             if has_started:
                 ray.shutdown()
@@ -99,6 +103,7 @@ def _rows(ray: Any, open_maker: OpenMaker, device: str, resources: Resources, to
         batch_size=1,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
+        max_task_retries=MAX_RETRIES,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(resources.num_workers, len(todo)), max_tasks_in_flight_per_actor=1),
     ).iter_rows()
 

@@ -167,6 +167,24 @@ def test_it_goes_on_with_what_others_have_begun(
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
 
 
+def deadly_opener(device: torch.device, *, inner: Any, pid: int) -> Any:
+    """Whoever makes a group dies of it, as by a decoder that crashes."""
+    maker = inner(device)
+    if os.getpid() != pid:
+        maker.make = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return maker
+
+
+def test_a_group_that_kills_every_worker_ends_the_work(
+    cluster: Any, recordings: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretokenize_ray, "MAX_RETRIES", 0)
+    deadly = partial(deadly_opener, inner=opener(recordings, tokenizer, tmp_path / "out"), pid=os.getpid())
+    with pytest.raises(OSError, match="lost the workers of a group 1 times.*what is finished stays, run again"):
+        pretokenize_on_ray(deadly(CPU), deadly, "cpu", 1)
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
 def failing_opener(device: torch.device, *, inner: Any, pid: int) -> Any:
     """A disk that does not answer, in the actors only."""
     if os.getpid() != pid:

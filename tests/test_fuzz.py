@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import pickle
+import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fuzz.__main__ import main
 from fuzz.contract import Target, Variant, Violation, Workplace
-from fuzz.driver import TARGET_NAMES
+from fuzz.driver import TARGET_NAMES, Result
 from fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "fuzz_corpus"
@@ -67,6 +70,24 @@ def test_a_few_mutations_keep_the_promise(workplace: Callable[[str], Workplace],
             data[rng.integers(1, len(data))] = rng.integers(256)
         outcomes.add(place.run(bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data)))
     assert outcomes - {"value"}, "no mutation was refused: is the changed file read at all?"
+
+
+def test_the_commands_of_the_page_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the fuzzing itself, which needs atheris and minutes."""
+    asked: list[Any] = []
+
+    def fuzz_target(name: str, seconds: int, seed: int, work: Path, command: str) -> Result:
+        asked.append((name, seconds))
+        return Result(name, command=command)
+
+    monkeypatch.setattr("fuzz.__main__.fuzz_target", fuzz_target)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^python -m fuzz (.+)$", (CORPUS.parents[1] / "docs" / "fuzzing.md").read_text(), re.MULTILINE)
+    assert [main(shlex.split(command)) for command in commands] == [0, 0]
+    assert asked == [("npy", 600), *((name, 600) for name in TARGET_NAMES)]
+    assert len(list((tmp_path / "results" / "fuzz").iterdir())) == len(TARGET_NAMES)
+    with pytest.raises(SystemExit):
+        main(["nothing"])
 
 
 # ---- the judge ------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words)
         arguments.began = began
-        _check_processes(arguments, words[0])
+        if "RANK" in os.environ and not getattr(arguments, "is_shared", False):  # by torchrun
+            from dreamer.training.distributed import refuse_several
+
+            refuse_several(words[0])
         return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
@@ -47,23 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DREAMER_TRACEBACK"):
             raise
-        who = f"dreamer[{os.environ['RANK']}]" if _num_processes() > 1 else "dreamer"
+        who = f"dreamer[{os.environ['RANK']}]" if "RANK" in os.environ else "dreamer"
         print(f"{who}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-
-
-def _num_processes() -> int:
-    """That torchrun, or a cluster, says it has started with this one."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if "RANK" in os.environ and text.isascii() and text.isdigit() else 1
-
-
-def _check_processes(arguments: argparse.Namespace, verb: str) -> None:
-    if _num_processes() > 1 and not getattr(arguments, "is_shared", False):
-        raise ValueError(
-            f"WORLD_SIZE is {_num_processes()}: dreamer {verb} is work for one process; run it once, without torchrun "
-            "(dreamer train and dreamer pretokenize can be shared)"
-        )
 
 
 def train_script(part: str, config: Path, argv: Sequence[str] | None = None) -> int:
@@ -124,6 +113,7 @@ def _parser() -> Parser:
         part = add(phase, _train(phase), f"Train {phase}.", parts)
         part.set_defaults(is_shared=True)
         part.add_argument("--dry-run", action="store_true", help="only say what it would take: shapes, parameters, FLOPs, memory")
+        part.add_argument("--processes", type=int, metavar="N", help="with --dry-run: for one of N processes that torchrun starts")
     _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
     what = evaluate.add_subparsers(metavar="what", required=True)
@@ -255,10 +245,13 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
 def _train(part: str) -> Callable[[argparse.Namespace, str], int]:
     def verb(arguments: argparse.Namespace, command: str) -> int:
         if not arguments.dry_run:
+            if arguments.processes is not None:
+                raise ValueError("--processes is for --dry-run; torchrun --nproc-per-node N -m dreamer train ... starts several")
             return _stage(part)(arguments, command)
         from dreamer.pipeline.dry_run import dry_run
 
-        print(dry_run(_load(arguments), part))
+        if os.environ.get("RANK", "0") == "0":
+            print(dry_run(_load(arguments), part, arguments.processes))
         return 0
 
     return verb

@@ -57,6 +57,16 @@ class Ranks:
         return cls(*parse_share(given, "RANK/WORLD_SIZE"))
 
 
+def refuse_several(verb: str) -> None:
+    """``ValueError`` if torchrun has started more than one process for ``verb``."""
+    ranks = Ranks.from_environment()
+    if ranks.world > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {ranks.world}: dreamer {verb} is work for one process; run it once, without torchrun (dreamer train and "
+            "dreamer pretokenize can be shared)"
+        )
+
+
 def parse_share(given: str, name: str) -> tuple[int, int]:
     """(i, n) from ``i/n``; ``ValueError`` naming ``name`` unless 0 <= i < n."""
     words = given.split("/")

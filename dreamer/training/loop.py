@@ -258,7 +258,7 @@ class Trainer:
         with self.averaged_weights(), torch.no_grad():
             self.phase.before_export()
             tensors = ((name, whole(t)) for name, t in self.phase.model.state_dict().items())  # one at a time
-            model = {name: t.clone() for name, t in tensors if self.parallel.ranks.is_main}
+            model = {name: t.to("cpu", copy=True) for name, t in tensors if self.parallel.ranks.is_main}
         train = {f"phase.{name}": t for name, t in self.phase.state_dict().items()}
         train |= {f"carried.{name}": self.parallel.gather_rows(t) for name, t in self.phase.carried().items()}
         train |= {f"ema.{name}": t for name, t in self.ema.items()}

@@ -1,4 +1,4 @@
-"""``dreamer``: the verbs. Bad input ends with one line and exit code 2, an interruption with 130; running a verb again goes on."""
+"""``dreamer``: the verbs. Bad input ends with one line and exit code 2, Ctrl-C with 130, SIGTERM with 143; running a verb again goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dreamer
+from dreamer.interrupt import exit_code, terminable
 from dreamer.player.commands import add_verbs
 
 PRESETS = Path(__file__).parent / "presets"
@@ -37,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words)
         arguments.began = began
-        return arguments.verb(arguments, shlex.join(["dreamer", *words]))
+        with terminable():
+            return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("\ndreamer: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return exit_code(interruption)
     except (ValueError, OSError) as error:
         if os.environ.get("DREAMER_TRACEBACK"):
             raise
@@ -300,11 +303,13 @@ def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _run_child(words: list[str]) -> int:
-    """``dreamer WORDS`` in another process. Ctrl-C reaches both: the child ends in its own way first."""
+    """``dreamer WORDS`` in another process, which ends in its own way first. Ctrl-C reaches both, SIGTERM is handed on."""
     child = subprocess.Popen([sys.executable, "-m", "dreamer.cli", *words])
     try:
         return child.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if exit_code(interruption) == 128 + signal.SIGTERM:
+            child.terminate()
         child.wait()
         raise
 

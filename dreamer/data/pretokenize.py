@@ -24,6 +24,7 @@ from dreamer.data.prefetch import Prefetcher
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.sources import EpisodeSource
 from dreamer.data.store import LatentStore, LatentWriter
+from dreamer.interrupt import PATIENCE, deferred
 from dreamer.types import Episode, Tokenizer
 
 CHOOSE_ACTIONS = {"all": chunk_actions, "linspace": linspace_actions}
@@ -61,7 +62,8 @@ def pretokenize(
     ones filled up. about: JSON values to keep with the latents. progress(done, total) is called after each episode.
 
     Raises ``ValueError`` if nothing can be read, if the latents there were made by another tokenizer, with other settings or from other
-    episodes, and if the tokenizer's output has another shape than it promises.
+    episodes, and if the tokenizer's output has another shape than it promises; ``Interrupted`` after SIGINT or SIGTERM, at the end of a
+    group or, if that takes long, without it.
     """
     path, (rank, world), sources = Path(path), shard, list(source.sources)
     _check_numbers(tokenizer, rank, world, batch_frames, batch_episodes, shard_episodes, max_episodes)
@@ -84,17 +86,21 @@ def pretokenize(
         for name, _ in groups[number]
     )
     encoder = _Encoder(tokenizer, writer, actions, batch_frames, batch_episodes, device)
-    with writer, Prefetcher(reads, max(2, batch_episodes)) as decoded:  # decodes ahead while the tokenizer works
+    prefetcher = Prefetcher(reads, max(2, batch_episodes))  # decodes ahead while the tokenizer works
+    with deferred("saving after this group of episodes") as stop, writer, prefetcher as decoded:
         for number in todo:
+            if stop.is_wanted:
+                break
             quarantine = []
-            for (name, _), read in zip(groups[number], decoded, strict=False):  # those of this group
-                if isinstance(read, Episode):
-                    encoder.add(name, read)
-                else:
-                    quarantine.append({"name": name, "reason": read})
-                if progress:
-                    progress(next(done), total)
-            encoder.flush()
+            with stop.breakable(PATIENCE):
+                for (name, _), read in zip(groups[number], decoded, strict=False):  # those of this group
+                    if isinstance(read, Episode):
+                        encoder.add(name, read)
+                    else:
+                        quarantine.append({"name": name, "reason": read})
+                    if progress:
+                        progress(next(done), total)
+                encoder.flush()
             writer.write_group(number, groups.fingerprint(number), quarantine)
     return _write_quarantine(path)
 

@@ -169,6 +169,14 @@ class Parallel:
             raise done[1]
         return done[0]
 
+    def largest(self, number: int) -> int:
+        """Of the numbers that the processes give."""
+        if self.strategy is None:
+            return number
+        held = torch.tensor(number)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
+
     def gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """What the processes hold, in one."""
         if self.ranks.world == 1:

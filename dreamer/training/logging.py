@@ -55,6 +55,9 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.run_dir / "metrics.jsonl"
+        for folder in (self.run_dir, self.run_dir / "media"):
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         _truncate(self.metrics_path, resume_step)
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
         self._writer = _summary_writer(self.run_dir / "tensorboard", resume_step) if tensorboard else None

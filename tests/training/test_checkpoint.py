@@ -30,6 +30,8 @@ from dreamer.training.checkpoint import (
     tidy_checkpoints,
 )
 
+FILES = ("model.safetensors", checkpoint.STATE, "model.json", "state.json")
+
 
 def save(run: Path, step: int, **options: Any) -> Path:
     tensors = {"w": torch.full((3,), float(step))}
@@ -105,15 +107,13 @@ def test_the_manifest_lists_all_and_is_written_last(tmp_path: Path, monkeypatch:
     real = checkpoint.fsync_path
     monkeypatch.setattr(checkpoint, "fsync_path", lambda path: order.append(path.name) or real(path))
     path = save(tmp_path, 5)
-    assert order == [*checkpoint.FILES, "manifest.json", f".writing_step_00000005_{os.getpid()}", "checkpoints"]
+    assert order == [*FILES, "manifest.json", f".writing_step_00000005_{os.getpid()}", "checkpoints"]
     manifest = read_manifest(path)
     assert (manifest["format"], manifest["step"]) == (1, 5)
-    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
-        n: len((path / n).read_bytes()) for n in checkpoint.FILES
-    }
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {n: len((path / n).read_bytes()) for n in FILES}
 
 
-NAMES = (*checkpoint.FILES, "manifest.json")
+NAMES = (*FILES, "manifest.json")
 
 
 def flip(file: Path, place: float) -> None:
@@ -190,7 +190,7 @@ def test_the_bytes_are_compared_once_a_process_for_the_same_files(tmp_path: Path
     monkeypatch.setattr(checkpoint, "_sha256", lambda file: hashed.append(file.name) or real(file))
     for _ in range(3):
         assert newest_checkpoint(tmp_path) == (5, path)
-    assert sorted(hashed) == sorted(checkpoint.FILES)
+    assert sorted(hashed) == sorted(FILES)
     flip(path / "model.json", 0.5)
     assert "SHA-256 differs" in str(checkpoint.find_damage(path))
     assert list_checkpoints(tmp_path) == [(5, path)]  # quick: sizes alone

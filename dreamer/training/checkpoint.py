@@ -260,7 +260,8 @@ def tidy_checkpoints(run_dir: Path, *, keep_last: int, best: dict[str, Any] | No
         return
     _sweep(folder)
     if best is None:
-        (folder / BEST).unlink(missing_ok=True)
+        if (folder / BEST).exists():  # to ask first: a read-only folder refuses the rest, even if there is nothing to do
+            (folder / BEST).unlink()
     elif not (folder / BEST).is_file() or (folder / BEST).read_text() != json.dumps(best):
         with atomic_file(folder / BEST) as tmp:
             tmp.write_text(json.dumps(best))

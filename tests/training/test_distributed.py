@@ -238,6 +238,26 @@ def test_one_is_killed_and_another_number_of_processes_goes_on(
     assert newest_checkpoint(path / "phase1") is not None
 
 
+def test_a_signal_to_one_makes_all_save_the_same_step(alone: Run, uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
+    path = made_from(alone, tmp_path / "run", "tokenizer", "latents")
+    words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, "phase1.train.checkpoint_every=12"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        parent = subprocess.Popen(command(2, "-m", "dreamer", *words), env=environment(), stdout=file, stderr=file)
+    end = time.monotonic() + 120
+    metrics = path / "phase1" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.005)
+    child = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[1]
+    os.kill(int(child), signal.SIGTERM)
+    assert parent.wait(120) != 0
+    ((step, checkpoint),) = list_checkpoints(path / "phase1")
+    assert 1 <= step < 12 and checkpoint.name == f"interim_step_{step:08d}", log.read_text()
+    assert log.read_text().count("dreamer: interrupted; run the same command again to go on") == 2  # not only the one that heard it
+    assert main(words) == 0
+    assert_same_training(uninterrupted / "phase1", path / "phase1")
+
+
 def test_processes_share_the_encoding(alone: Run, tmp_path: Path) -> None:
     words = ["--data-path", str(alone.episodes_path), "--tokenizer", str(alone.path / "tokenizer"), "--shard-episodes", "3"]
     assert main(["pretokenize", *words, "--output-path", str(tmp_path / "one")]) == 0

@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
 
-.PHONY: venv demo test soak lint format clean
+.PHONY: venv demo test soak kill lint format clean
 
 venv: $(STAMP)
 
@@ -25,6 +25,9 @@ test: $(STAMP)
 
 soak: $(STAMP) # ten minutes of play in a headless Chromium: memory must stay flat
 	DREAMER_SOAK_SECONDS=600 $(BIN)/python -m pytest -s tests/player/test_page.py -k long_play $(ARGS)
+
+kill: $(STAMP) # kills every stage of a small run at many moments, and compares what it ends with
+	$(BIN)/python tests/training/kills.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

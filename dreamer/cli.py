@@ -1,4 +1,4 @@
-"""``dreamer``: the verbs. Bad input ends with one line and exit code 2, an interruption with 130; running a verb again goes on."""
+"""``dreamer``: the verbs. Bad input ends with one line and exit code 2, Ctrl-C with 130, SIGTERM with 143; running a verb again goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dreamer
+from dreamer.interrupt import exit_code, terminable
 from dreamer.player.commands import add_verbs
 
 PRESETS = Path(__file__).parent / "presets"
@@ -38,33 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parse(words)
         arguments.began = began
-        _check_processes(arguments, words[0])
-        return arguments.verb(arguments, shlex.join(["dreamer", *words]))
+        if "RANK" in os.environ and words[0] not in ("train", "pretokenize"):  # by torchrun
+            from dreamer.training.distributed import refuse_several
+
+            refuse_several(words[0])
+        with terminable():
+            return arguments.verb(arguments, shlex.join(["dreamer", *words]))
     except SystemExit as done:  # --help, --version, or a word that the parser does not know
         return done.code if isinstance(done.code, int) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("\ndreamer: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return exit_code(interruption)
     except (ValueError, OSError) as error:
         if os.environ.get("DREAMER_TRACEBACK"):
             raise
-        who = f"dreamer[{os.environ['RANK']}]" if _num_processes() > 1 else "dreamer"
+        who = f"dreamer[{os.environ['RANK']}]" if "RANK" in os.environ else "dreamer"
         print(f"{who}: error: {_one_line(error)}", file=sys.stderr)
         return 2
-
-
-def _num_processes() -> int:
-    """That torchrun, or a cluster, says it has started with this one."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if "RANK" in os.environ and text.isascii() and text.isdigit() else 1
-
-
-def _check_processes(arguments: argparse.Namespace, verb: str) -> None:
-    if _num_processes() > 1 and not getattr(arguments, "is_shared", False):
-        raise ValueError(
-            f"WORLD_SIZE is {_num_processes()}: dreamer {verb} is work for one process; run it once, without torchrun "
-            "(dreamer train and dreamer pretokenize can be shared)"
-        )
 
 
 def train_script(part: str, config: Path, argv: Sequence[str] | None = None) -> int:
@@ -123,8 +115,8 @@ def _parser() -> Parser:
     parts = train.add_subparsers(metavar="part", required=True)
     for phase in PHASES:
         part = add(phase, _train(phase), f"Train {phase}.", parts)
-        part.set_defaults(is_shared=True)
         part.add_argument("--dry-run", action="store_true", help="only say what it would take: shapes, parameters, FLOPs, memory")
+        part.add_argument("--processes", type=int, metavar="N", help="with --dry-run: for one of N processes that torchrun starts")
     _add_pretokenize(add("pretokenize", _pretokenize, "Encode a run's episodes with its tokenizer, or (--data-path) any recordings."))
     evaluate = verbs.add_parser("evaluate", help="Measure what was learned.", description="Measure what was learned.")
     what = evaluate.add_subparsers(metavar="what", required=True)
@@ -163,7 +155,6 @@ def _parser() -> Parser:
 
 def _add_pretokenize(own: Parser) -> None:
     """What ``dreamer pretokenize`` takes for recordings, beside settings. Defaults that are not false are those of ``pretokenize_path``."""
-    own.set_defaults(is_shared=True)
     free = own.add_argument_group("recordings, without a run")
     free.add_argument("--data-path", type=Path, metavar="DIR", help="recordings, or an episode store")
     free.add_argument("--output-path", type=Path, metavar="DIR", help="folder of the latent store; made, or gone on with")
@@ -260,10 +251,12 @@ def _pretokenize(arguments: argparse.Namespace, command: str) -> int:
 def _train(part: str) -> Callable[[argparse.Namespace, str], int]:
     def verb(arguments: argparse.Namespace, command: str) -> int:
         if not arguments.dry_run:
+            if arguments.processes is not None:
+                raise ValueError("--processes is for --dry-run; torchrun --nproc-per-node N -m dreamer train ... starts several")
             return _stage(part)(arguments, command)
         from dreamer.pipeline.dry_run import dry_run
 
-        print(dry_run(_load(arguments), part))
+        print(dry_run(_load(arguments), part, arguments.processes))
         return 0
 
     return verb
@@ -325,11 +318,13 @@ def _demo_seeds(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _run_child(words: list[str]) -> int:
-    """``dreamer WORDS`` in another process. Ctrl-C reaches both: the child ends in its own way first."""
+    """``dreamer WORDS`` in another process, which ends in its own way first. Ctrl-C reaches both, SIGTERM is handed on."""
     child = subprocess.Popen([sys.executable, "-m", "dreamer.cli", *words])
     try:
         return child.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if exit_code(interruption) == 128 + signal.SIGTERM:
+            child.terminate()
         child.wait()
         raise
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "dreamer"
 
 # Lowest first. A room imports itself and the rows above its own; rooms of one row are siblings. A new room needs a place here.
 LAYERS = [
-    {"types"},
+    {"types", "interrupt"},
     {"ops"},
     {"data", "models", "losses", "envs"},
     {"imagination"},

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from torch.distributed.run import config_from_args
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from dreamer import cli
 from dreamer.config import DreamerConfig
@@ -143,6 +146,11 @@ def check_command(words: list[str], with_settings: bool) -> None:
     elif name == "hf":
         folder = load_config(DreamerConfig, COSMOS).cosmos_tokenizer.checkpoint_path
         assert rest == ["download", REPOSITORIES[0], "--local-dir", str(folder)]
+    elif name == "torchrun":
+        at = rest.index("-m")
+        assert rest[at + 1] == "dreamer"
+        config_from_args(torchrun_parser().parse_args(rest[: at + 2]))
+        check_command(["dreamer", *rest[at + 2 :]], with_settings)
     else:
         known = (["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"], ["python", "tests/test_doc_tables.py"])
         assert words in known or words[:2] == ["tensorboard", "--logdir"], words
@@ -194,6 +202,24 @@ def test_a_command_that_does_not_exist_is_found(capsys: pytest.CaptureFixture[st
     ):
         with pytest.raises((AssertionError, SystemExit, ValueError)):
             check_command(shlex.split(text), with_settings=True)
+
+
+def test_launch_files_parse_and_their_commands_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    slurm = ROOT / "docs" / "launch" / "slurm.sbatch"
+    assert subprocess.run(["bash", "-n", slurm], capture_output=True).stderr == b""
+    (words,) = [words for words in commands(slurm.read_text()) if words[0] == "srun"]
+    values = {"$SLURM_NNODES": "2", "$head:29500": "host:29500", "$SLURM_JOB_ID": "1"}
+    check_command([values.get(word, word) for word in words[2:]], with_settings=True)
+    service, job = yaml.safe_load_all((ROOT / "docs" / "launch" / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name} and pod["subdomain"] == subdomain
+    assert f"--master-addr={name}-0.{subdomain}" in container["command"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2 and "--nnodes=2" in container["command"]
+    check_command([word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in container["command"]], with_settings=True)
+    assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
 
 
 @pytest.mark.parametrize("page", **PAGE_IDS)

@@ -43,6 +43,9 @@ def atomic_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
         else:
             tmp.replace(path)
         fsync_path(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where it is
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 

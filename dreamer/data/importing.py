@@ -11,6 +11,7 @@ from typing import Any
 from dreamer.data.readers import make_reader
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
+from dreamer.interrupt import PATIENCE, deferred
 from dreamer.types import ActionSpace, Reader
 
 
@@ -40,7 +41,8 @@ def import_recordings(
     Run again to go on: recordings that the store holds are skipped (each is known by its place below ``path``, kept as
     ``info["source"]``). ``options`` go to the reader. progress(done, total) is called after each recording; before_adding,
     once if there is something to add: it may raise.
-    Raises ``ValueError`` naming the file at the first broken recording; what was read before it is kept.
+    Raises ``ValueError`` naming the file at the first broken recording, and ``Interrupted`` after SIGINT or SIGTERM; what was read before
+    is kept.
     """
     root, out = Path(path), Path(out)
     options = options or {}
@@ -52,12 +54,16 @@ def import_recordings(
         before_adding()
     num_episodes = num_frames = num_known = 0
     extra = reader_facts(reader_name, options)
-    with EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra) as writer:
+    writer = EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra)
+    with deferred("saving after this recording") as stop, writer:
         for done, (recording, source) in enumerate(zip(recordings, sources, strict=True), 1):
+            if stop.is_wanted:
+                break
             if source in known:
                 num_known += 1
             else:
-                episode = reader.read(recording)
+                with stop.breakable(PATIENCE):
+                    episode = reader.read(recording)
                 writer.add(dataclasses.replace(episode, info={**episode.info, "source": source}))
                 num_episodes, num_frames = num_episodes + 1, num_frames + len(episode)
             if progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from dreamer.data.prefetch import Prefetcher
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.sources import EpisodeSource
 from dreamer.data.store import LatentStore, LatentWriter
+from dreamer.interrupt import PATIENCE, Stop, deferred
 from dreamer.types import Episode, Tokenizer
 
 CHOOSE_ACTIONS = {"all": chunk_actions, "linspace": linspace_actions}
@@ -51,7 +53,8 @@ def pretokenize(
     progress(done, total) is called after each episode.
 
     Raises ``ValueError`` if nothing can be read, if the latents there were made by another tokenizer, with other settings or from other
-    episodes, and if the tokenizer's output has another shape than it promises.
+    episodes, and if the tokenizer's output has another shape than it promises; ``Interrupted`` after SIGINT or SIGTERM, at the end of a
+    group or, if that takes long, without it.
     """
     return make_share(GroupMaker(source, tokenizer, Path(path), **settings), shard, progress)
 
@@ -65,7 +68,8 @@ def make_share(maker: GroupMaker, shard: tuple[int, int], progress: Callable[[in
     todo = [number for number in own if number not in maker.finished]
     total = sum(len(maker.groups[number]) for number in own)
     done = itertools.count(total - sum(len(maker.groups[number]) for number in todo) + 1)
-    maker.make(todo, lambda: progress(next(done), total) if progress else None)
+    with deferred("saving after this group of episodes") as stop:
+        maker.make(todo, lambda: progress(next(done), total) if progress else None, stop)
     return write_quarantine(maker.path)
 
 
@@ -110,20 +114,23 @@ class GroupMaker:
         )
         self.finished = _finished(found, self.groups, self.strict)
 
-    def make(self, numbers: Sequence[int], tick: Callable[[], None]) -> None:
-        """Make these groups, whether they are finished or not; ``tick`` is called after each episode."""
+    def make(self, numbers: Sequence[int], tick: Callable[[], None], stop: Stop | None = None) -> None:
+        """Make these groups, whether they are finished or not, until ``stop`` is wanted; ``tick`` is called after each episode."""
         reads = (self._read(name) for number in numbers for name, _ in self.groups[number])
         with self._open_writer() as writer, Prefetcher(reads, max(2, self.batch_episodes)) as decoded:  # decodes ahead of the tokenizer
             encoder = _Encoder(self.tokenizer, writer, self.actions, self.batch_frames, self.batch_episodes, self.device)
             for number in numbers:
+                if stop is not None and stop.is_wanted:
+                    break
                 quarantine = []
-                for (name, _), read in zip(self.groups[number], decoded, strict=False):  # those of this group
-                    if isinstance(read, Episode):
-                        encoder.add(name, read)
-                    else:
-                        quarantine.append({"name": name, "reason": read})
-                    tick()
-                encoder.flush()
+                with nullcontext() if stop is None else stop.breakable(PATIENCE):
+                    for (name, _), read in zip(self.groups[number], decoded, strict=False):  # those of this group
+                        if isinstance(read, Episode):
+                            encoder.add(name, read)
+                        else:
+                            quarantine.append({"name": name, "reason": read})
+                        tick()
+                    encoder.flush()
                 writer.write_group(number, self.groups.fingerprint(number), quarantine)
 
     def _read(self, name: str) -> Episode | str:

@@ -176,11 +176,17 @@ def _own_rows(num_rows: int, rank: int, world: int, which: str = "a batch") -> s
     """Those of process ``rank``; ``ValueError`` if a process would be left without one."""
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world}; expected 0 <= rank < world")
+    most_rows(num_rows, world, which)
+    return own_slice(rank, world)
+
+
+def most_rows(num_rows: int, world: int, which: str = "a batch") -> int:
+    """The most rows that one of ``world`` processes holds; ``ValueError`` if a process would be left without one."""
     if num_rows < world:
         raise ValueError(
             f"{which} has {num_rows} rows, and each of {world} processes needs one; enlarge train.batch_size, or start fewer processes"
         )
-    return own_slice(rank, world)
+    return -(-num_rows // world)
 
 
 def _stream(make: Callable[[int], T], start_step: int, prefetch: int, num_workers: int) -> Stream[T]:

@@ -93,7 +93,8 @@ def encode_mp4(frames: UInt8[np.ndarray, "F H W C"], fps: float) -> bytes:
     frames = np.pad(frames, odd, mode="edge")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(_check_fps(fps)).limit_denominator(1000), options={"crf": "16"})
+        options = {"crf": "16", "mbtree": "0"}  # x264's mbtree reads memory that nothing has written: equal frames gave unequal files
+        stream = container.add_stream("libx264", rate=Fraction(_check_fps(fps)).limit_denominator(1000), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from dreamer.config import DreamerConfig
 from dreamer.data import READERS, EpisodeStore, LatentStore, make_reader
 from dreamer.data.actions import env_codec
-from dreamer.data.pretokenized_dataset import long_batch_size
+from dreamer.data.pretokenized_dataset import long_batch_size, most_rows
 from dreamer.data.shards import STORE_FILE
 from dreamer.envs import make_env
 from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import build_network
 from dreamer.pipeline.run import Run
-from dreamer.pipeline.step_cost import StepCost, num_bytes, simulate_step
+from dreamer.pipeline.step_cost import StepCost, in_one_of_several, num_bytes, simulate_step
 from dreamer.training.checkpoint import newest_checkpoint
+from dreamer.training.distributed import Ranks
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, TrainConfig
+from dreamer.training.optim import MUON_CANNOT
 from dreamer.training.phase0 import Phase0, Phase0Cosmos
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import Phase2
@@ -68,32 +70,42 @@ class Plan:
     steps: tuple[Step, ...]
 
 
-def dry_run(config: DreamerConfig, part: str) -> str:
+def dry_run(config: DreamerConfig, part: str, processes: int | None = None) -> str:
     """A page of text on ``dreamer train part``. Nothing is trained, written or kept in memory, and no data have to be there.
 
+    FLOPs and memory are those of one of ``processes`` (None: as many as torchrun has started).
+
     The action space comes from the run's latents or episodes, else from the reader of its recordings, else from the environment.
-    Raises ``ValueError`` if none of them tells, and for an unknown part.
+    Raises ``ValueError`` if none of them tells, for an unknown part, and if the processes could not train it.
     """
+    processes = Ranks.from_environment().world if processes is None else processes
+    if processes < 1:
+        raise ValueError(f"{processes} processes; expected at least 1")
     run = Run(config.model_copy(update={"device": "cpu", "threads": None}))
     inputs = find_inputs(run)
     if part == "tokenizer" and not config.tokenizer_steps:
         return _nothing_to_train(config, inputs)
-    plan = make_plan(config, part, inputs)
+    plan = make_plan(config, part, inputs, processes)
+    strategy = config.parallel.strategy
+    if processes > 1 and strategy == "fsdp" and plan.train.optim.optimizer == "muon":
+        raise ValueError(MUON_CANNOT)
     costs = [
         simulate_step(plan.build, s.batch, plan.train, step=s.number, whole_number=s.num_uniform_rows, carried=s.carried)
         for s in plan.steps
     ]
     with torch.device("meta"):
         phase = plan.build()
+    costs = [in_one_of_several(cost, phase, processes, strategy) for cost in costs]
     has_tokenizer = run.has_episodes or newest_checkpoint(run.path / "tokenizer") is not None  # data.latents need none
     tokenizer = inputs.tokenizer if part != "tokenizer" and has_tokenizer else None
     return "\n".join(
         [
-            f"dry run of {part}, {plan.train.steps} steps in {plan.train.precision}",
+            f"dry run of {part}, {plan.train.steps} steps in {plan.train.precision}"
+            + (f", in each of {processes} processes ({strategy})" if processes > 1 else ""),
             *_inputs_text(inputs, plan),
             *_parameters_text(count_parameters(phase, tokenizer)),
             *_flops_text(plan, costs),
-            *_memory_text(plan, costs, num_bytes(phase.model.state_dict().values()), frozen_bytes(tokenizer)),
+            *_memory_text(costs, frozen_bytes(tokenizer), plan.train.activation_checkpointing),
         ]
     )
 
@@ -165,8 +177,8 @@ def _recordings(run: Run) -> tuple[ActionSpace, tuple[int, int, int], str]:
 # ---- what is trained ------------------------------------------------------------------------------------------------------------
 
 
-def make_plan(config: DreamerConfig, part: str, inputs: Inputs) -> Plan:
-    """The phase that ``part`` trains, with its kinds of steps."""
+def make_plan(config: DreamerConfig, part: str, inputs: Inputs, processes: int = 1) -> Plan:
+    """The phase that ``part`` trains, with its kinds of steps: the rows are those of the process that has most of them."""
 
     def agent() -> Agent:
         return Agent(
@@ -178,22 +190,22 @@ def make_plan(config: DreamerConfig, part: str, inputs: Inputs) -> Plan:
         )
 
     if part == "tokenizer":
-        shape = (config.phase0.train.batch_size, config.phase0.num_frames, *inputs.frame_shape)
+        shape = (most_rows(config.phase0.train.batch_size, processes), config.phase0.num_frames, *inputs.frame_shape)
         batch = Step("batch", 1.0, lambda: FrameBatch(torch.zeros(shape, dtype=torch.uint8)))
         return Plan(lambda: _phase0(config, inputs), config.phase0.train, (batch,))
     if part == "phase1":
         phase1 = config.phase1
-        return Plan(lambda: Phase1(agent(), phase1.shortcut), phase1.train, _steps(inputs, phase1, phase1.train.batch_size))
+        return Plan(lambda: Phase1(agent(), phase1.shortcut), phase1.train, _steps(inputs, phase1, phase1.train.batch_size, processes))
     if part in ("phase2", "bc_long"):
         phase2 = config.phase2
-        steps = _steps(inputs, phase2, phase2.train.batch_size, phase2.relevant.fraction)
+        steps = _steps(inputs, phase2, phase2.train.batch_size, processes, phase2.relevant.fraction)
         return Plan(lambda: Phase2(agent(), phase2.shortcut, phase2.loss), phase2.train, steps)
     if part == "phase3":
         phase3 = config.phase3.imagination
         every = phase3.updates_per_rollout
         dreaming = -(-phase3.value_only_steps // every) * every  # a step that dreams anew, late enough that the policy learns too
-        batch = _batch(inputs, config.phase3.train.batch_size, phase3.rollout.context)
-        before = _imagined(inputs, config, config.phase3.train.batch_size)
+        rows = most_rows(config.phase3.train.batch_size, processes)
+        batch, before = _batch(inputs, rows, phase3.rollout.context), _imagined(inputs, config, rows)
         steps = [Step(f"batch from which {phase3.rollout.horizon} steps are imagined", 1 / every, batch, dreaming, carried=before)]
         if every > 1:
             name = "batch that is not read: what was imagined before serves again"
@@ -212,12 +224,13 @@ def _phase0(config: DreamerConfig, inputs: Inputs) -> Phase0 | Phase0Cosmos:
     return Phase0Cosmos(tokenizer, config.phase0)
 
 
-def _steps(inputs: Inputs, config: SequenceConfig, batch_size: int, relevant_fraction: float = 0.0) -> tuple[Step, ...]:
+def _steps(inputs: Inputs, config: SequenceConfig, batch_size: int, processes: int, relevant_fraction: float = 0.0) -> tuple[Step, ...]:
     """Steps on short rows, and those on long ones, where there are such."""
 
     def step(name: str, share: float, rows: int, length: int) -> Step:
-        num_relevant = round(relevant_fraction * rows)
-        return Step(name, share, _batch(inputs, rows, length), num_uniform_rows=rows - num_relevant or rows)
+        own = most_rows(rows, processes, f"a {name}")
+        num_relevant = round(relevant_fraction * own)
+        return Step(name, share, _batch(inputs, own, length), num_uniform_rows=own - num_relevant or own)
 
     short, long = config.sequence_length, config.long_sequence_length
     if long is None:
@@ -337,14 +350,11 @@ def _flops_text(plan: Plan, costs: list[StepCost]) -> list[str]:
     ]
 
 
-def _memory_text(plan: Plan, costs: list[StepCost], model_bytes: int, tokenizer_bytes: int) -> list[str]:
+def _memory_text(costs: list[StepCost], tokenizer_bytes: int, is_checkpointed: bool) -> list[str]:
     worst = max(costs, key=lambda cost: cost.peak)
     weights = worst.weights + tokenizer_bytes
-    # a checkpoint is written with the training weights set aside, from a copy of the whole model
-    moments = {
-        "a step": worst.peak + tokenizer_bytes,
-        "saving": weights + worst.optimizer + worst.average + worst.gradients + model_bytes,
-    }
+    # a checkpoint is written with the training weights set aside; the copy of the model that it is written from is no card's
+    moments = {"a step": worst.peak + tokenizer_bytes, "saving": weights + worst.optimizer + worst.average + worst.gradients}
     moment = max(moments, key=lambda name: moments[name])
     needed = moments[moment] * (1 + MARGIN) + FIXED_MARGIN
     told = {
@@ -354,7 +364,8 @@ def _memory_text(plan: Plan, costs: list[StepCost], model_bytes: int, tokenizer_
         "weights' average": worst.average,
         "activations": worst.saved,
     }
-    lines = [f"  {name:<16}{num / 1e9:>16.3f}" for name, num in told.items()]
+    note = ["  (activations: with activation_checkpointing, what goes into the layers)"] if is_checkpointed else []
+    lines = [f"  {name:<16}{num / 1e9:>16.3f}" for name, num in told.items()] + note
     lines += [f"  {f'most, in {moment}':<16}{moments[moment] / 1e9:>14.3f}  with what operations need in between"]
     lines += [f"  {'with a margin':<16}{needed / 1e9:>16.3f}  {MARGIN:.0%} for the allocator, {FIXED_MARGIN / 1e9:.0f} GB for CUDA"]
     verdicts = [

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from dreamer.data.shards import remove_stale_files
 from dreamer.pipeline.collect import check_lengths, record_episodes
 from dreamer.pipeline.evaluate import evaluate_agent, evaluate_world_model
 from dreamer.pipeline.pretokenize import pretokenize_latents
@@ -35,6 +36,9 @@ STAGES: dict[str, Callable[[Run], bool]] = {
 def run_stage(run: Run, name: str) -> bool:
     """Run one stage and note its time, also if it is interrupted; if it fails or is killed, of all but the last ``BEAT`` seconds.
     Returns whether there was anything left to do."""
+    if run.ranks.is_main:
+        remove_stale_files(run.path)
+        remove_stale_files(run.evaluation_path)
     began, earlier, ended, did_work = time.monotonic(), run.spent(), threading.Event(), False
 
     def beat() -> None:

@@ -6,6 +6,7 @@ on the CPU; a GPU's differ little. Where the step asks for a value, ``_answer`` 
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from dreamer.models.transformer import Layer
 from dreamer.training.loop import Phase, TrainConfig, Trainer
 from dreamer.training.optim import optimizer_tensors
 
@@ -185,6 +187,27 @@ def measure_step(phase: Phase, batch: Any, config: TrainConfig, *, step: int = 0
             saved=meter.peak_saved,
             peak=meter.peak,
         )
+
+
+def in_one_of_several(cost: StepCost, phase: Phase, processes: int, strategy: str) -> StepCost:
+    """What one of ``processes`` holds, where ``cost`` is that of its rows with all weights. The peak is at most this: with fsdp it counts
+    all gradients as whole."""
+    if processes == 1:
+        return cost
+    if strategy == "ddp":  # gradients travel in buckets of their own
+        return dataclasses.replace(cost, gradients=2 * cost.gradients, peak=cost.peak + cost.gradients)
+    layers = [num_bytes(p for p in m.parameters() if p.requires_grad) for m in phase.modules() if isinstance(m, Layer)]
+    trained = num_bytes(p for p in phase.parameters() if p.requires_grad)
+    # put together at a time: what is no layer's, this layer and the next
+    together = min(trained, trained - sum(layers) + 2 * max(layers, default=0))
+    elsewhere = {name: getattr(cost, name) * (processes - 1) // processes for name in ("gradients", "optimizer", "average")}
+    weights = trained * (processes - 1) // processes
+    return dataclasses.replace(
+        cost,
+        weights=cost.weights - weights,
+        peak=cost.peak - weights - elsewhere["optimizer"] - elsewhere["average"] + together,
+        **{name: getattr(cost, name) - less for name, less in elsewhere.items()},
+    )
 
 
 def num_bytes(tensors: Any) -> int:

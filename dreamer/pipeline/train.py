@@ -20,7 +20,7 @@ from dreamer.imagination import Sampler
 from dreamer.models import Agent, CausalTokenizer, CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.run import Run
 from dreamer.training import validation
-from dreamer.training.checkpoint import newest_checkpoint, planned_steps, read_state, save_checkpoint
+from dreamer.training.checkpoint import checkpoint_path, newest_checkpoint, planned_steps, read_state, save_checkpoint
 from dreamer.training.distributed import Parallel
 from dreamer.training.lengths import SequenceConfig
 from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer, check_same_settings
@@ -65,7 +65,7 @@ def _train_cosmos(run: Run) -> bool:
     if found := newest_checkpoint(path):  # it holds all that was there at first: the original weights may be gone
         state = read_state(found[1])
         check_same_settings(state["settings"] | {"seed": state["seed"]}, settings | {"seed": run.config.seed}, found[1])
-        if found[0] >= run.config.tokenizer_steps:
+        if found[0] >= run.config.tokenizer_steps and found[1] == checkpoint_path(path, found[0]):
             return False
         tokenizer = load_tokenizer(path, run.device)
         assert isinstance(tokenizer, CosmosTokenizerWrapper)  # by its settings
@@ -351,7 +351,7 @@ def _train(
 ) -> bool:
     parallel, made = Parallel(run.ranks, run.config.parallel.strategy), info | run.made_with()
     trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=made, parallel=parallel)
-    if trainer.step >= config.steps:
+    if trainer.is_finished:
         return False
     run.begin()
     trainer.run(stream, hook)

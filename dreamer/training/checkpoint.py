@@ -9,8 +9,8 @@
 ``state.json``               step, the phase's resolved config, and what else resuming needs
 ``manifest.json``            size and SHA-256 of the others, written last: without it, nothing here is a checkpoint
 
-``<run>/checkpoints/best.json`` names the best one, where ``keep_best`` says by which metric. No checkpoint is ever overwritten, and one
-that is removed loses its name first.
+``<run>/checkpoints/best.json`` names the best one, where ``keep_best`` says by which metric. ``interim_step_...`` was written because of
+an interruption, where none was due. No checkpoint is ever overwritten, and one that is removed loses its name first.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ STATE = "train_state.safetensors"
 MANIFEST = "manifest.json"
 BEST = "best.json"
 FORMAT = 1
+NAME = re.compile(r"(?:interim_)?step_(\d{8,})", re.ASCII)
 
 _log = logging.getLogger(__name__)
 _sound: dict[Path, tuple[Any, ...]] = {}  # whose bytes this process has compared, and their stamps then
 _told: set[str] = set()  # which damage this process has warned of
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:08d}"
+def checkpoint_path(run_dir: Path, step: int, *, is_interim: bool = False) -> Path:
+    return run_dir / "checkpoints" / f"{'interim_' if is_interim else ''}step_{step:08d}"
 
 
 # ---- what is there ----------------------------------------------------------------------------------------------------------
@@ -53,8 +54,8 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def _folders(run_dir: Path) -> list[tuple[int, Path]]:
     """Everything that has a checkpoint's name, oldest first. Unfinished ones and those set aside have another one."""
-    found = [(path.name.removeprefix("step_"), path) for path in (run_dir / "checkpoints").glob("step_*")]
-    return sorted((int(digits), path) for digits, path in found if digits.isascii() and digits.isdigit())
+    found = [(path, NAME.fullmatch(path.name)) for path in (run_dir / "checkpoints").glob("*step_*")]
+    return sorted((int(name[1]), path) for path, name in found if name)  # of one step, the interim one comes first: it knows less
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -129,26 +130,27 @@ def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
                 raise
             return f"{checkpoint / name}: cannot be read ({error.strerror})"
         if not is_same:
-            return f"{checkpoint / name}: its bytes are not those that were written (SHA-256 differs)"
+            return f"{checkpoint / name}: its SHA-256 differs from the one in {MANIFEST}"
     _sound[checkpoint.absolute()] = tuple(stamps)
     return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """``manifest.json``: format, step, is_interim, and bytes and sha256 of each file. Raises ``ValueError`` if it is missing or
+    """``manifest.json``: format, step, and bytes and sha256 of each file. Raises ``ValueError`` if it is missing or
     damaged."""
     if not (checkpoint / MANIFEST).is_file():
         raise ValueError(f"{checkpoint / MANIFEST}: is missing")
     manifest = read_json(checkpoint / MANIFEST, "it cannot say whether the others are whole")
     files = manifest.get("files")
-    is_known = manifest.get("format") == FORMAT and type(manifest.get("step")) is int and type(manifest.get("is_interim")) is bool
+    is_known = manifest.get("format") == FORMAT and type(manifest.get("step")) is int
     if not is_known or not isinstance(files, dict) or not files.keys() >= set(FILES) or not any(n.startswith("train_state") for n in files):
         raise ValueError(f"{checkpoint / MANIFEST}: does not list the files of a checkpoint of format {FORMAT}")
     for name, entry in files.items():
         is_plain = Path(name).name == name and isinstance(entry, dict)
         if not is_plain or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
             raise ValueError(f"{checkpoint / MANIFEST}: its entry {name!r} is not understood")
-    if checkpoint.name.startswith("step_") and checkpoint.name != checkpoint_path(Path(), manifest["step"]).name:
+    name = NAME.fullmatch(checkpoint.name)
+    if name and int(name[1]) != manifest["step"]:
         raise ValueError(f"{checkpoint / MANIFEST}: is of step {manifest['step']}")
     return manifest
 
@@ -191,13 +193,13 @@ def save_checkpoint(
 ) -> Path:
     """Write beside, fsync, rename; then keep what ``tidy_checkpoints`` keeps.
 
-    ``is_interim``: it was written because of an interruption, and goes once a later one is there. Raises ``OSError`` naming the folder,
+    ``is_interim``: it goes once another one is there of this step or a later one. Raises ``OSError`` naming the folder,
     and leaves what was there, if the disk is full or read-only, and if there is a checkpoint of this step already.
 
     Of several processes, all of which call this, the main one writes; with fsdp, each writes its pieces of ``train_tensors`` before.
     """
     parallel = parallel or Parallel()
-    final, in_pieces = checkpoint_path(run_dir, step), parallel.strategy == "fsdp"
+    final, in_pieces = checkpoint_path(run_dir, step, is_interim=is_interim), parallel.strategy == "fsdp"
     num_bytes = sum(t.numel() * t.element_size() for t in (*model_tensors.values(), *train_tensors.values()))
     temporary = None
     try:
@@ -206,7 +208,7 @@ def save_checkpoint(
         pieces = parallel.gathered({file.name: _entry(file) for file in own})
         tensors = {"model.safetensors": model_tensors} | ({} if in_pieces else {STATE: train_tensors})
         texts = {"model.json": model_info, "state.json": state | {"step": step}}
-        manifest = {"format": FORMAT, "step": step, "is_interim": is_interim, "files": pieces}
+        manifest = {"format": FORMAT, "step": step, "files": pieces}
         parallel.main_does(lambda: _finish(temporary, final, tensors, texts, manifest))
     except (OSError, SafetensorError) as error:
         raise _write_fault(error, final) from error
@@ -258,15 +260,16 @@ def tidy_checkpoints(run_dir: Path, *, keep_last: int, best: dict[str, Any] | No
         return
     _sweep(folder)
     if best is None:
-        (folder / BEST).unlink(missing_ok=True)
+        if (folder / BEST).exists():  # to ask first: a read-only folder refuses the rest, even if there is nothing to do
+            (folder / BEST).unlink()
     elif not (folder / BEST).is_file() or (folder / BEST).read_text() != json.dumps(best):
         with atomic_file(folder / BEST) as tmp:
             tmp.write_text(json.dumps(best))
     found = list_checkpoints(run_dir)
-    planned = [step for step, path in found if not read_manifest(path)["is_interim"]]
-    kept = {*planned[-keep_last:], *(step for step, _ in found[-1:]), best["step"] if best else None}
+    planned = [(step, path) for step, path in found if path.name.startswith("step_")]
+    kept = [*planned[-keep_last:], *found[-1:], *(each for each in planned if best and each[0] == best["step"])]
     for step, path in found:
-        if step not in kept:
+        if (step, path) not in kept:
             _remove(path)
 
 

@@ -57,6 +57,16 @@ class Ranks:
         return cls(*parse_share(given, "RANK/WORLD_SIZE"))
 
 
+def refuse_several(verb: str) -> None:
+    """``ValueError`` if torchrun has started more than one process for ``verb``."""
+    ranks = Ranks.from_environment()
+    if ranks.world > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {ranks.world}: dreamer {verb} is work for one process; run it once, without torchrun (dreamer train and "
+            "dreamer pretokenize can be shared)"
+        )
+
+
 def parse_share(given: str, name: str) -> tuple[int, int]:
     """(i, n) from ``i/n``; ``ValueError`` naming ``name`` unless 0 <= i < n."""
     words = given.split("/")
@@ -158,6 +168,14 @@ class Parallel:
         if done[1] is not None:
             raise done[1]
         return done[0]
+
+    def largest(self, number: int) -> int:
+        """Of the numbers that the processes give."""
+        if self.strategy is None:
+            return number
+        held = torch.tensor(number)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return int(held)
 
     def gathered(self, own: dict[str, Any]) -> dict[str, Any]:
         """What the processes hold, in one."""

@@ -55,21 +55,31 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.metrics_path = self.run_dir / "metrics.jsonl"
+        for folder in (self.run_dir, self.run_dir / "media"):
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
         _truncate(self.metrics_path, resume_step)
-        self._metrics = self.metrics_path.open("a", encoding="utf-8")
+        self._metrics = self.metrics_path.open("ab", buffering=0)  # what a full disk refuses must not wait to be refused again
         self._writer = _summary_writer(self.run_dir / "tensorboard", resume_step) if tensorboard else None
         self._progress = ProgressDisplay(name, total_steps, resume_step, console or Console(file=sys.stderr), clock)
 
     def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """One row of numbers. A NaN or an infinity is refused with its key, before anything of the row is written."""
         row = {key: _finite(step, key, value) for key, value in values.items()}
-        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
-        self._metrics.flush()
+        self._write(json.dumps({"step": step, **row}).encode() + b"\n")
         if self._writer:
             for key, value in row.items():
                 self._writer.add_scalar(key, value, step)
         self._progress.show(row)
         self._progress.advance(step)
+
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._metrics.write(line) :]
+        except OSError as error:
+            error.filename = str(self.metrics_path)
+            raise
 
     def advance(self, step: int) -> None:
         """Move the progress bar to ``step`` steps done; cheap enough for every step."""

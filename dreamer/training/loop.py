@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,9 +13,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dreamer.interrupt import PATIENCE, Interrupted, Stop, deferred
 from dreamer.models.transformer import checkpoint_layers, compile_layers
 from dreamer.training.checkpoint import (
     STATE,
+    checkpoint_path,
     list_checkpoints,
     load_weights,
     newest_checkpoint,
@@ -103,8 +105,11 @@ class TrainingDiverged(ValueError):
 
 def step_generator(device: torch.device, *key: object) -> torch.Generator:
     """A noise source that depends on the key (seed, phase, step, ...) alone, so that resuming needs no saved state."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator(device).manual_seed(_step_seed(*key))
+
+
+def _step_seed(*key: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "little")
 
 
 class Trainer:
@@ -139,6 +144,9 @@ class Trainer:
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if config.ema_decay else {}
         self.step, self.num_skipped, self._bad_in_a_row = 0, 0, 0
         self.best: dict[str, Any] | None = None  # step, metric and value of the best checkpoint
+        self._saved_step = 0
+        self._resumed_from: Path | None = None
+        self._unfinished: dict[str, float] | None = None  # metrics of a step whose validation was interrupted
         self._resume()
 
     def run(
@@ -146,29 +154,72 @@ class Trainer:
         batches: Callable[[int], Stream],
         validate: Callable[[RunLogger, int], dict[str, float]] | None = None,
     ) -> None:
-        """Train to the end. ``batches(n)`` continues after n batches; ``validate`` sees the averaged weights."""
-        config = self.config
-        if self.step >= config.steps:
+        """Train to the end. ``batches(n)`` continues after n batches; ``validate`` sees the averaged weights.
+
+        Raises ``Interrupted`` after SIGINT or SIGTERM, once this step is saved. A validation does not hold that up: the run that goes on
+        makes it. Nor does a step of many seconds: it is given up, and the newest checkpoint is what there is.
+        """
+        config, unfinished = self.config, self._unfinished
+        if self.is_finished:
             return
+        logged = self.step - (unfinished is not None)
         kind = RunLogger if self.parallel.ranks.is_main else SilentLogger
-        logger = kind(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=self.step)
-        with closing(logger), closing(batches(self.step * config.accumulate)) as stream:
-            while self.step < config.steps:
-                metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
+        logger = kind(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=logged)
+        with deferred("saving at the next step") as stop, closing(logger), closing(batches(self.step * config.accumulate)) as stream:
+            if unfinished is not None:
+                self._finish_step(unfinished, logger, validate, stop)
+            while self.step < config.steps and not self._is_stopped(stop):
+                with self._breakable(stop, PATIENCE):
+                    metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
                 self.step += 1
-                logger.advance(self.step)
-                is_last = self.step == config.steps
-                is_best = False
-                if validate is not None and (is_last or self.step % config.validate_every == 0):
-                    with self.averaged_weights():
-                        measured = validate(logger, self.step)
-                    metrics |= measured
-                    is_best = self._is_best(measured)
-                if is_last or self.step % config.log_every == 0 or self.step % config.validate_every == 0:
-                    logger.log(self.step, self._loggable(metrics))
-                if is_last or is_best or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
-                    logger.sync()
-                    self.save()
+                self._finish_step(metrics, logger, validate, stop)
+            if stop.is_wanted and self._saved_step < self.step:
+                logger.sync()
+                self.save(is_interim=True)
+
+    def _is_stopped(self, stop: Stop) -> bool:
+        """Whether a signal has reached any of the processes: all stop after the same step."""
+        stop.signum = self.parallel.largest(stop.signum or 0) or None
+        return stop.is_wanted
+
+    def _breakable(self, stop: Stop, patience: float = 0.0) -> AbstractContextManager[None]:
+        """What one process may give up. Several could not agree where, and end the step or the validation that they are in."""
+        return stop.breakable(patience) if self.parallel.ranks.world == 1 else nullcontext()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.step >= self.config.steps and self._unfinished is None
+
+    def _finish_step(
+        self, metrics: dict[str, Any], logger: RunLogger, validate: Callable[[RunLogger, int], dict[str, float]] | None, stop: Stop
+    ) -> None:
+        """Validate, log and save, where these are due."""
+        config, is_best = self.config, False
+        logger.advance(self.step)
+        is_last = self.step == config.steps
+        if validate is not None and (is_last or self.step % config.validate_every == 0):
+            measured = self._validate(metrics, logger, validate, stop)
+            metrics = metrics | measured
+            is_best = self._is_best(measured)
+        if is_last or self.step % config.log_every == 0 or self.step % config.validate_every == 0:
+            logger.log(self.step, self._loggable(metrics))
+        if is_last or is_best or (self.step % config.checkpoint_every == 0 and not self._bad_in_a_row):
+            logger.sync()
+            self.save()
+
+    def _validate(
+        self, metrics: dict[str, Any], logger: RunLogger, validate: Callable[[RunLogger, int], dict[str, float]], stop: Stop
+    ) -> dict[str, float]:
+        self._unfinished = self._loggable(metrics)
+        try:
+            with self.averaged_weights(), self._breakable(stop):
+                measured = validate(logger, self.step)
+        except Interrupted as interruption:
+            if not interruption.is_final and checkpoint_path(self.run_dir, self.step, is_interim=True) != self._resumed_from:
+                self.save(is_interim=True)
+            raise
+        self._unfinished = None
+        return measured
 
     def train_step(self, batches: list[Any]) -> dict[str, Any]:
         """Forward, backward, clip, check, step, average: one optimiser step."""
@@ -177,7 +228,9 @@ class Trainer:
         total = 0.0
         metrics: dict[str, Any] = {}
         for micro, batch in enumerate(batches):
-            generator = step_generator(self.device, self.seed, self.run_dir.name, self.step, micro)
+            key = (self.seed, self.run_dir.name, self.step, micro)
+            generator = step_generator(self.device, *key)
+            torch.manual_seed(_step_seed(*key, "dropout"))
             with self.parallel.micro_batch(batch, is_last=micro == len(batches) - 1):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     loss, metrics = self.forward(batch.to(self.device), self.step, generator)
@@ -253,18 +306,19 @@ class Trainer:
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
-    def save(self) -> Path:
+    def save(self, *, is_interim: bool = False) -> Path:
         """Write a checkpoint of this step."""
         with self.averaged_weights(), torch.no_grad():
             self.phase.before_export()
             tensors = ((name, whole(t)) for name, t in self.phase.model.state_dict().items())  # one at a time
-            model = {name: t.clone() for name, t in tensors if self.parallel.ranks.is_main}
+            model = {name: t.to("cpu", copy=True) for name, t in tensors if self.parallel.ranks.is_main}
         train = {f"phase.{name}": t for name, t in self.phase.state_dict().items()}
         train |= {f"carried.{name}": self.parallel.gather_rows(t) for name, t in self.phase.carried().items()}
         train |= {f"ema.{name}": t for name, t in self.ema.items()}
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
-        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "best": self.best}
-        return save_checkpoint(
+        state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "bad_in_a_row": self._bad_in_a_row}
+        state |= {"best": self.best, "unfinished": self._unfinished}
+        path = save_checkpoint(
             self.run_dir,
             self.step,
             model_tensors=model,
@@ -273,8 +327,11 @@ class Trainer:
             state=state,
             keep_last=self.config.keep_last,
             best=self.best,
+            is_interim=is_interim,
             parallel=self.parallel,
         )
+        self._saved_step = self.step
+        return path
 
     def _resume(self) -> None:
         found = self.parallel.main_does(lambda: newest_checkpoint(self.run_dir, set_aside=True))
@@ -292,7 +349,8 @@ class Trainer:
         self.phase.carry({name: self.parallel.own_rows(t).to(self.device) for name, t in part("carried.").items()})
         load_optimizer_tensors(self.optimizers, part("optimizer."))
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
-        self.step, self.num_skipped = step, state["num_skipped"]
+        self.step, self.num_skipped, self._bad_in_a_row = step, state["num_skipped"], state.get("bad_in_a_row", 0)
+        self._saved_step, self._resumed_from, self._unfinished = step, path, state.get("unfinished")
         self.best = self.parallel.main_does(lambda: self._known_best(state))
         self.parallel.main_does(lambda: tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best))
 

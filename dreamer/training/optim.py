@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from dreamer.types import Config
 
+MUON_CANNOT = "optim.optimizer is muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp"
+
 
 class OptimConfig(Config):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside transformer layers; AdamW for the rest
@@ -43,7 +45,7 @@ def make_optimizers(
     muon = [name for name, p in parameters.items() if uses_muon(name, p)]
     rest = [name for name, p in parameters.items() if not uses_muon(name, p)]
     if any(isinstance(parameters[name], DTensor) for name in muon):
-        raise ValueError("optim.optimizer is muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp")
+        raise ValueError(MUON_CANNOT)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(torch.optim.Muon(groups(muon, config.muon_learning_rate), weight_decay=config.weight_decay))

@@ -6,6 +6,7 @@ Episode ``i`` is a pure function of (environment, players, seed, i): recording a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
 from dreamer.envs import make_env, make_player
 from dreamer.envs.seeding import episode_seed
+from dreamer.interrupt import PATIENCE, deferred
 from dreamer.types import Env, Episode, Player
 
 PlayerShare = tuple[str, dict[str, Any], float]  # name, options, fraction of the episodes
@@ -42,7 +44,7 @@ def record(
     ``player_maker`` turns names and options into players (pass your own to record a trained agent). ``progress`` is called
     with (episodes done, ``num_episodes``); ``before_adding``, once if there is something to add: it may raise.
     Raises ``ValueError`` for unknown names and options, for fractions that do not sum to 1, and if ``out`` was recorded with
-    other settings; nothing is written then.
+    other settings; nothing is written then. Raises ``Interrupted`` after SIGINT or SIGTERM, once the episodes that have ended are written.
     """
     if num_episodes < 1:
         raise ValueError(f"num_episodes is {num_episodes}; expected at least 1")
@@ -52,15 +54,19 @@ def record(
     codec = env_codec(env)
     extra = {"env": env_name, "env_options": env_options, "players": [list(share) for share in players], "seed": seed}
     fps = float(env.metadata.get("render_fps") or 10)
-    with EpisodeWriter(out, codec.space, frames_per_second=fps, shard_episodes=shard_episodes, extra=extra) as writer:
+    writer = EpisodeWriter(out, codec.space, frames_per_second=fps, shard_episodes=shard_episodes, extra=extra)
+    with deferred("saving after this episode") as stop, closing(env), writer:
         num_done = EpisodeStore(out).num_episodes if (Path(out) / STORE_FILE).exists() else 0
         if before_adding is not None and num_done < num_episodes:
             before_adding()
         for index in range(num_done, num_episodes):
-            writer.add(play_episode(env, cast_of_players[schedule[index]], codec, episode_seed(seed, index, "record")))
+            if stop.is_wanted:
+                break
+            with stop.breakable(PATIENCE):
+                episode = play_episode(env, cast_of_players[schedule[index]], codec, episode_seed(seed, index, "record"))
+            writer.add(episode)
             if progress is not None:
                 progress(index + 1, num_episodes)
-    env.close()
     return EpisodeStore(out)
 
 

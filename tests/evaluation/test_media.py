@@ -1,5 +1,8 @@
 import base64
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -27,6 +30,19 @@ def test_mp4_keeps_frames_count_rate_and_colours(tmp_path):
         assert stream.average_rate == 10
     assert decoded.shape == (4, 270, 360, 3)  # 15 x 20 enlarged 18 times
     assert np.abs(decoded.mean((1, 2)) - frames.mean((1, 2))).max() < 8
+
+
+def test_mp4_of_equal_frames_is_equal_whatever_the_memory_held_before(tmp_path):
+    code = (
+        "import hashlib, numpy as np; from dreamer.evaluation.media import encode_mp4; "
+        "frames = np.random.default_rng(0).integers(0, 256, (5, 70, 212, 3), dtype=np.uint8); "
+        "print(hashlib.sha256(encode_mp4(frames, 10.0)).hexdigest())"
+    )
+    told = set()
+    for fill in ("1", "255"):  # glibc fills new memory with it
+        environment = {**os.environ, "MALLOC_PERTURB_": fill}
+        told.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(told) == 1
 
 
 def test_mp4_pads_odd_sizes_by_one_pixel(tmp_path):

@@ -23,7 +23,7 @@ from dreamer.pipeline import STAGES, Run, run_all, run_stage, stages
 from dreamer.pipeline.dry_run import dry_run, find_inputs
 from dreamer.pipeline.summary import key_figures
 from dreamer.pipeline.train import episode_returns
-from dreamer.training.checkpoint import read_json
+from dreamer.training.checkpoint import read_json, read_manifest
 from dreamer.training.loop import Trainer
 from dreamer.training.models_io import load_tokenizer
 from dreamer.yaml_config import ConfigError, load_config
@@ -293,7 +293,11 @@ def test_the_decoder_alone_adapts_and_the_same_latents_serve_on(recordings: Path
     assert not torch.equal(before.decode(sample), after.decode(sample))
     decoder = list(second.path.glob("tokenizer/checkpoints/*/model.safetensors"))[-1]
     assert run_stage(second, "evaluate world-model") is False
-    shutil.copy(next(first.path.glob("tokenizer/checkpoints/*/model.safetensors")), decoder)
+    other = next(first.path.glob("tokenizer/checkpoints/*/model.safetensors"))
+    manifest = read_manifest(decoder.parent)
+    manifest["files"][decoder.name] = read_manifest(other.parent)["files"][other.name]
+    shutil.copy(other, decoder)
+    (decoder.parent / "manifest.json").write_text(json.dumps(manifest))
     assert run_stage(second, "evaluate world-model") is True  # other pictures of the same latents
 
 

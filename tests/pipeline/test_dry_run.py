@@ -69,6 +69,35 @@ def test_the_command_needs_no_data_and_writes_nothing(tmp_path, capsys, part):
     assert not list(tmp_path.iterdir())
 
 
+def test_each_of_several_processes(tmp_path, capsys, monkeypatch):
+    words = ["train", "phase1", "--preset", "smoke", "--dry-run", f"run_dir={tmp_path / 'run'}", "phase1.long_sequence_length=null"]
+    adamw = "phase1.train.optim.optimizer=adamw"
+
+    def text(*more: str) -> str:
+        assert main([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    def refused(*more: str) -> str:
+        assert main([*words, *more]) == 2
+        return capsys.readouterr().err
+
+    alone, ddp, fsdp = text(adamw), text("--processes", "2", adamw), text("--processes", "2", adamw, "parallel.strategy=fsdp")
+    assert "latents         (8, 6, 16, 8)" in alone and "latents         (4, 6, 16, 8)" in ddp
+    assert "20 steps in fp32, in each of 2 processes (fsdp)" in fsdp and "processes" not in alone
+    state = r"^  optimizer state +([\d.]+)"
+    assert number(fsdp, state) <= number(ddp, state) == number(alone, state)
+    assert "in each of 3 processes (ddp)" in text("--processes", "3")
+    assert "muon, which needs whole matrices" in refused("--processes", "2", "parallel.strategy=fsdp", "phase1.train.optim.optimizer=muon")
+    assert "a batch has 8 rows, and each of 9 processes needs one" in refused("--processes", "9")
+    assert "0 processes; expected at least 1" in refused("--processes", "0")
+    assert main(["train", "phase1", "--preset", "smoke", "--processes", "2", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "--processes is for --dry-run; torchrun" in capsys.readouterr().err
+    assert "computed" not in alone and "what goes into the layers" in text("phase1.train.activation_checkpointing=true")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "in each of 4 processes (ddp)" in text()
+
+
 def test_long_rows_and_reused_dreams_are_steps_of_their_own(tmp_path):
     own = config(
         tmp_path, "phase1.sequence_length=4", "phase1.long_sequence_length=32", "phase1.long_every=4", "phase1.train.batch_size=16"

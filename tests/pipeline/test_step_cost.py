@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dreamer.losses import ShortcutForcingConfig
 from dreamer.models import Agent, AgentConfig
-from dreamer.pipeline.step_cost import StepCost, measure_step, simulate_step
+from dreamer.models.transformer import checkpoint_layers
+from dreamer.pipeline.step_cost import StepCost, in_one_of_several, measure_step, num_bytes, simulate_step
 from dreamer.training.loop import Phase, TrainConfig, Trainer
 from dreamer.training.optim import optimizer_tensors
 from dreamer.training.phase1 import Phase1
@@ -141,6 +143,62 @@ def saved_bytes(phase: Phase, data: Batch) -> int:
 def test_activations_are_what_a_real_step_keeps(build, make_batch, uniform):
     found = simulate_step(build, make_batch, ADAMW, whole_number=uniform).saved
     assert found == pytest.approx(saved_bytes(build(), make_batch()), rel=0.15)
+
+
+def test_activations_are_what_a_real_step_keeps_with_checkpointing():
+    """What goes into the layers, and what is around them; half as many rows a batch keep half."""
+
+    def deep() -> Phase1:
+        return phase1(TINY | {"num_layers": 8})
+
+    def checkpointed() -> Phase1:
+        phase = deep()
+        checkpoint_layers(phase.model)
+        return phase
+
+    config = ADAMW.model_copy(update={"activation_checkpointing": True})
+    all_kept, found = (simulate_step(deep, lambda: batch(8), c).saved for c in (ADAMW, config))
+    real = saved_bytes(checkpointed(), batch(8))
+    assert found == pytest.approx(real, rel=0.05)
+    assert all_kept == pytest.approx(saved_bytes(deep(), batch(8)), rel=0.05)
+    assert found < all_kept / 4
+    halves = simulate_step(deep, lambda: batch(4), config.model_copy(update={"accumulate": 2})).saved
+    assert halves == pytest.approx(saved_bytes(checkpointed(), batch(4)), rel=0.05) == pytest.approx(real / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation_checkpointing": True}, {"accumulate": 2}, {"activation_checkpointing": True, "accumulate": 2}],
+    ids=["plain", "checkpointing", "accumulating", "both"],
+)
+def test_the_peak_is_that_of_a_real_step(changes: dict[str, Any], tmp_path: Path):
+    """As PyTorch's profiler counts what is allocated and freed."""
+    large = TINY | {"width": 64, "num_layers": 6}
+    config, rows = ADAMW.model_copy(update=changes), 16 // changes.get("accumulate", 1)
+    predicted = simulate_step(lambda: phase1(large), lambda: batch(rows), config).peak
+    trainer = Trainer(phase1(large), config, tmp_path / "run", seed=0, settings={}, model_info={})
+    batches = [batch(rows) for _ in range(config.accumulate)]
+    trainer.train_step(batches)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.train_step(batches)
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    before = num_bytes([*trainer.phase.parameters(), *trainer.phase.buffers(), *trainer.ema.values()])
+    before += num_bytes(optimizer_tensors(trainer.optimizers).values()) + num_bytes(vars(batches[0]).values())
+    assert predicted == pytest.approx(before + max(itertools.accumulate(sizes)), rel=0.05)
+
+
+def test_one_of_several_processes_holds_less():
+    phase, processes = phase1(TINY | {"num_layers": 6}), 4
+    cost = simulate_step(lambda: phase1(TINY | {"num_layers": 6}), batch, ADAMW)
+    assert in_one_of_several(cost, phase, 1, "fsdp") == cost
+    ddp, fsdp = (in_one_of_several(cost, phase, processes, strategy) for strategy in ("ddp", "fsdp"))
+    assert (ddp.weights, ddp.optimizer, ddp.average, ddp.saved) == (cost.weights, cost.optimizer, cost.average, cost.saved)
+    assert ddp.peak - cost.peak == ddp.gradients - cost.gradients == cost.gradients
+    for name in ("gradients", "optimizer", "average"):
+        assert getattr(fsdp, name) == pytest.approx(getattr(cost, name) / processes, abs=1)
+    frozen = num_bytes(p for p in phase.parameters() if not p.requires_grad) + num_bytes(phase.buffers())
+    assert fsdp.weights == pytest.approx(frozen + (cost.weights - frozen) / processes, abs=1)
+    assert fsdp.saved == cost.saved and fsdp.peak < cost.peak
 
 
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dreamer.interrupt import Interrupted
 from dreamer.pipeline import STAGES, Run
 from dreamer.training.loop import Trainer
 
@@ -73,6 +75,34 @@ def test_the_number_of_workers_changes_no_byte(whole: Path, tmp_path: Path, make
         assert STAGES[stage](run)
     for phase in BEFORE:
         assert contents(run.path / phase) == contents(whole / phase), phase
+
+
+@pytest.mark.parametrize("phase", list(BEFORE))
+def test_a_phase_that_is_stopped_after_every_single_step_ends_with_the_same_bytes(
+    whole: Path, tmp_path: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    for stage in BEFORE[phase]:
+        name = {"pretokenize": "latents"}.get(stage, stage)
+        shutil.copytree(whole / name, run.path / name)
+    train_step = Trainer.train_step
+
+    def stopped(self: Trainer, batches: list) -> dict:
+        signal.raise_signal(signal.SIGTERM)
+        return train_step(self, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", stopped)
+    count, is_done = 0, False
+    while not is_done:
+        try:
+            is_done = not STAGES[phase](run)
+        except Interrupted as interruption:
+            count += 1
+            assert interruption.signum == signal.SIGTERM
+    assert count == 7
+    expected, got = contents(whole / phase), contents(run.path / phase)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if expected[name] != got[name]] == []
 
 
 def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:

@@ -1,0 +1,322 @@
+"""Several processes, as torchrun starts them, against one: the same losses, weights, data and checkpoints, whatever their number."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dreamer.cli import main
+from dreamer.data import LatentStore
+from dreamer.pipeline import STAGES, Run
+from dreamer.training.checkpoint import list_checkpoints, newest_checkpoint
+from dreamer.training.distributed import Parallel, Ranks
+from dreamer.training.models_io import load_agent
+from dreamer.training.optim import OptimConfig, make_optimizers
+from dreamer.training.sharded_state import read_pieces, saved_shapes
+from dreamer.yaml_config import save_config
+
+ROOT = Path(__file__).parents[2]
+PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
+BEFORE = {
+    "tokenizer": (),
+    "phase1": ("tokenizer", "latents"),
+    "phase2": ("tokenizer", "latents", "phase1"),
+    "bc_long": ("tokenizer", "latents", "phase2"),
+    "phase3": ("tokenizer", "latents", "phase2"),
+}
+BATCH = 8  # rows, of which 2 bootstrap, so that of 3 processes one has none of these; every third batch has 5 long ones
+TOLERANCE = 1e-5
+TRAIN = {"steps": 3, "batch_size": BATCH, "log_every": 1, "validate_every": 3, "checkpoint_every": 2}
+TRAIN["optim"] = {"warmup_steps": 1, "learning_rate": 1e-3}  # AdamW; Muon computes in bf16, which makes much of the last bit
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "phase0": {"train": TRAIN},
+        "phase1": {"train": TRAIN},
+        "phase2": {"train": TRAIN, "relevant": {"fraction": 0.4}},
+        "phase3": {"train": TRAIN},
+        "bc_long": {"extra_steps": 3},
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture
+def alone(folder: Path, make_run: Callable[..., Run]) -> Run:
+    """All phases in one process."""
+    run = make_run(folder / "alone", **settings())
+    if not run.path.exists():
+        for stage in ("tokenizer", "pretokenize", *PHASES[1:]):
+            STAGES[stage](run)
+        save_config(run.config, folder / "config.yaml")
+    return run
+
+
+def command(processes: int, *words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DREAMER_TRACEBACK": "1"}
+
+
+def torchrun(processes: int, *words: str | Path) -> str:
+    """Run to the end; what it printed."""
+    done = subprocess.run(command(processes, *words), env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "[rank" in line)
+    return done.stdout + done.stderr
+
+
+def made_from(alone: Run, path: Path, *parts: str) -> Path:
+    """The folder of a run to which another process has already added ``parts``."""
+    for part in parts:
+        shutil.copytree(alone.path / part, path / part)
+    return path
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(expected: Path, found: Path) -> None:
+    """Every number that was logged, and the weights that came out."""
+    for old, new in itertools.zip_longest(rows(expected), rows(found)):
+        assert old.keys() == new.keys()
+        for name, value in old.items():
+            scale = 10 if name.startswith("val_") and name.endswith(("psnr", "db", "shuffled")) else 1  # decibels of tiny models
+            assert new[name] == pytest.approx(value, rel=scale * TOLERANCE, abs=scale * TOLERANCE), (name, old["step"])
+    weights, others = (load_file(list_checkpoints(path)[-1][1] / "model.safetensors") for path in (expected, found))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(others[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def train_all(alone: Run, processes: int, path: Path, *settings: str) -> Path:
+    """Each phase in a run of its own, after the parts that one process made."""
+    if not path.exists():
+        for phase in PHASES:
+            made_from(alone, path / phase, *BEFORE[phase])
+        torchrun(processes, Path(__file__).with_name("ranks_worker.py"), path.parent / "config.yaml", path, *PHASES, *settings)
+    return path
+
+
+@pytest.fixture
+def ddp(alone: Run, folder: Path) -> Path:
+    """All phases in 2 processes with all weights each."""
+    return train_all(alone, 2, folder / "ddp")
+
+
+@pytest.fixture
+def fsdp(alone: Run, folder: Path) -> Path:
+    """All phases in 3 processes with a third of the trained weights each, whose layers are computed twice."""
+    twice = [f"phase{i}.train.activation_checkpointing=true" for i in range(3)]
+    return train_all(alone, 3, folder / "fsdp", "parallel.strategy=fsdp", *twice)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_two_processes_train_as_one(alone: Run, ddp: Path, phase: str) -> None:
+    assert_same_training(alone.path / phase, ddp / phase / phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_three_processes_with_pieces_of_the_weights_train_as_one(alone: Run, fsdp: Path, phase: str) -> None:
+    assert_same_training(alone.path / phase, fsdp / phase / phase)
+
+
+def test_an_export_is_one_file_that_loads_as_any(alone: Run, fsdp: Path) -> None:
+    agent, info = load_agent(fsdp / "phase2" / "phase2")
+    expected, _ = load_agent(alone.path / "phase2")
+    assert info["phase"] == "phase2" and agent.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(agent.state_dict()[name], tensor, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_pieces_hold_no_pickle_and_reading_them_calls_none(fsdp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = list_checkpoints(fsdp / "phase1" / "phase1")[-1][1]
+    names = sorted(path.name for path in checkpoint.iterdir())
+    pieces = [f"train_state_0000{i}_of_00003.safetensors" for i in (1, 2, 3)]
+    assert names == ["manifest.json", "model.json", "model.safetensors", "state.json", *pieces]
+    for path in checkpoint.glob("*.safetensors"):
+        load_file(path)  # and safetensors hold numbers alone
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was unpickled")
+
+    for where, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(where, name, refuse)
+    shapes = saved_shapes(checkpoint, ("phase.", "ema.", "optimizer.", "carried."))
+    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    read_pieces(checkpoint, tensors)
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    exported = load_file(checkpoint / "model.safetensors")
+    averaged = {name.removeprefix("ema."): tensor for name, tensor in tensors.items() if name.startswith("ema.")}
+    assert len(averaged) > 20 and all(torch.equal(exported[name], tensor) for name, tensor in averaged.items())
+    assert any(tensor.ndim == 0 for tensor in tensors.values())  # optimisers' counters
+
+
+def test_a_missing_or_cut_piece_is_named(fsdp: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step_00000003"
+    shutil.copytree(list_checkpoints(fsdp / "phase1" / "phase1")[-1][1], checkpoint)
+    piece = checkpoint / "train_state_00002_of_00003.safetensors"
+    whole = piece.read_bytes()
+    piece.unlink()
+    with pytest.raises(ValueError, match=r"step_00000003: a piece of '.*' is missing; use an earlier checkpoint"):
+        saved_shapes(checkpoint, ("phase.", "ema.", "optimizer."))
+    piece.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"step_00000003: its training state is not readable .*use an earlier checkpoint"):
+        saved_shapes(checkpoint, ("phase.", "ema.", "optimizer."))
+    with pytest.raises(ValueError, match=r"step_00000003: its training state cannot be read"):
+        read_pieces(checkpoint, {"phase.none": torch.zeros(2)})
+
+
+LONG = ("phase1.train.steps=12", "phase1.train.validate_every=12", "phase1.train.checkpoint_every=3")
+
+
+@pytest.fixture
+def uninterrupted(alone: Run, folder: Path) -> Path:
+    path = folder / "uninterrupted"
+    if not path.exists():
+        made_from(alone, path, "tokenizer", "latents")
+        assert main(["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG]) == 0
+    return path
+
+
+@pytest.fixture
+def killed(alone: Run, folder: Path) -> Path:
+    """Two processes with pieces of the weights, one of which is killed after the first checkpoint."""
+    path = folder / "killed"
+    if not path.exists():
+        made_from(alone, path, "tokenizer", "latents")
+        words = ("-m", "dreamer", "train", "phase1", "--config", folder / "config.yaml", f"run_dir={path}", *LONG, "parallel.strategy=fsdp")
+        parent = subprocess.Popen(command(2, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while not list_checkpoints(path / "phase1") and time.monotonic() < end:
+            time.sleep(0.005)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert parent.wait(120) != 0
+        assert 3 <= list_checkpoints(path / "phase1")[-1][0] < 12
+    return path
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc, which this machine lacks")
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (3, "fsdp"), (2, "ddp")])
+def test_one_is_killed_and_another_number_of_processes_goes_on(
+    uninterrupted: Path, killed: Path, folder: Path, tmp_path: Path, processes: int, strategy: str
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(killed, path)
+    words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, f"parallel.strategy={strategy}"]
+    if processes == 1:
+        assert main(words) == 0
+    else:
+        assert torchrun(processes, "-m", "dreamer", *words).count("phase1: done in") == 1  # one of them speaks
+    assert_same_training(uninterrupted / "phase1", path / "phase1")
+    assert [row["step"] for row in rows(path / "phase1")] == list(range(1, 13))
+    assert newest_checkpoint(path / "phase1") is not None
+
+
+def test_a_signal_to_one_makes_all_save_the_same_step(alone: Run, uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
+    path = made_from(alone, tmp_path / "run", "tokenizer", "latents")
+    words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, "phase1.train.checkpoint_every=12"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        parent = subprocess.Popen(command(2, "-m", "dreamer", *words), env=environment(), stdout=file, stderr=file)
+    end = time.monotonic() + 120
+    metrics = path / "phase1" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.005)
+    child = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[1]
+    os.kill(int(child), signal.SIGTERM)
+    assert parent.wait(120) != 0
+    ((step, checkpoint),) = list_checkpoints(path / "phase1")
+    assert 1 <= step < 12 and checkpoint.name == f"interim_step_{step:08d}", log.read_text()
+    assert log.read_text().count("dreamer: interrupted; run the same command again to go on") == 2  # not only the one that heard it
+    assert main(words) == 0
+    assert_same_training(uninterrupted / "phase1", path / "phase1")
+
+
+def test_processes_share_the_encoding(alone: Run, tmp_path: Path) -> None:
+    words = ["--data-path", str(alone.episodes_path), "--tokenizer", str(alone.path / "tokenizer"), "--shard-episodes", "3"]
+    assert main(["pretokenize", *words, "--output-path", str(tmp_path / "one")]) == 0
+    torchrun(2, "-m", "dreamer", "pretokenize", *words, "--output-path", tmp_path / "two")
+    one, two = LatentStore(tmp_path / "one"), LatentStore(tmp_path / "two")
+    assert two.is_complete and two.num_groups == 4
+    assert one.source_fingerprint == two.source_fingerprint and len(one) == len(two) == 12
+    for name in sorted(path.name for path in (tmp_path / "one").glob("*.safetensors")):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_is_work_for_one_process_is_refused_for_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for words in (["record"], ["demo"], ["evaluate", "agent"], ["report"], ["check"], ["runs"]):
+        given = [] if words == ["runs"] else [f"run_dir={tmp_path}"]
+        assert main([*words, *given]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"dreamer[1]: error: WORLD_SIZE is 2: dreamer {words[0]} is work for one process; run it once"), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_address_the_other_processes_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: Run, folder: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={alone.path}"]) == 2
+    assert "process 0 of 2 cannot join the others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "world"), [("x", "2"), ("2", "2"), ("-1", "2")])
+def test_strange_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, rank: str, world: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match="RANK/WORLD_SIZE is .*expected i/n"):
+        Ranks.from_environment()
+
+
+def test_dropout_is_refused_for_several_processes() -> None:
+    with pytest.raises(ValueError, match=r"dropout is 0\.1: each process draws its own"):
+        Parallel(Ranks(0, 2)).wrap(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_muon_is_refused_for_pieces(group: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    piece = nn.Parameter(distribute_tensor(torch.zeros(4, 4), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match="muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp"):
+        make_optimizers({"dynamics.layers.0.weight": piece}, OptimConfig(optimizer="muon"))
+    assert make_optimizers({"dynamics.layers.0.weight": piece}, OptimConfig())

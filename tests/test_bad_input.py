@@ -294,5 +294,5 @@ def test_a_trained_tokenizer_that_is_cut(tmp_path: Path, tokenizer: Path, write:
     (file,) = (tmp_path / "cut").rglob("model.safetensors")
     cut(file)
     line = fails("pretokenize", "--data-path", tmp_path / "data", "--output-path", tmp_path / "out", "--tokenizer", tmp_path / "cut")
-    assert line.startswith(f"{file}: not a readable safetensors file") and line.endswith("use an earlier checkpoint")
+    assert line.startswith(f"{file.parents[1]}: none of 1 checkpoints is sound") and f"{file}: has " in line
     assert not (tmp_path / "out").exists()

@@ -76,5 +76,3 @@ def read_file(path: Path, kind: type[FileT], remedy: str) -> FileT:
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']}); {remedy}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: is damaged (nested too deeply); {remedy}") from error

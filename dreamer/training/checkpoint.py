@@ -319,7 +319,7 @@ def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of a checkpoint or of a finished run?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:  # the last: brackets in brackets, without end
         raise ValueError(f"{path}: not readable as JSON ({error}); {remedy}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object; {remedy}")

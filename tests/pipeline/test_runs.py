@@ -33,7 +33,7 @@ def make_run(path: Path, curve: dict[int, Any] | None = None, **settings: Any) -
 def checkpoint(run: Path, phase: str, step: int, planned: int) -> None:
     state = {"settings": {phase: {"train": {"steps": planned}}}, "seed": 0, "num_skipped": 0}
     tensors = {"w": torch.zeros(1)}
-    save_checkpoint(run / phase, step, model_tensors=tensors, model_info={}, train_tensors=tensors, state=state, keep=1)
+    save_checkpoint(run / phase, step, model_tensors=tensors, model_info={}, train_tensors=tensors, state=state, keep_last=1)
 
 
 def test_what_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

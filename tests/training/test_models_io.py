@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -94,13 +93,12 @@ def test_a_damaged_description_of_a_tokenizer_is_named(tokenizer: CausalTokenize
 
 def test_missing_keys_and_weights_of_another_size_are_named(agent: Agent, tmp_path: Path) -> None:
     info = agent_info(agent, tokenizer_fingerprint="abc", phase="phase2")
-    path = save(tmp_path, agent, info)
-    (path / "model.json").write_text(json.dumps({k: v for k, v in info.items() if k != "token_grid"}))
+    save(tmp_path / "lacks", agent, {k: v for k, v in info.items() if k != "token_grid"})
     with pytest.raises(ValueError, match="'token_grid'"):
-        load_agent(path)
-    (path / "model.json").write_text(json.dumps(info | {"latent_channels": 5}))
+        load_agent(tmp_path / "lacks")
+    save(tmp_path / "other", agent, info | {"latent_channels": 5})
     with pytest.raises(ValueError, match="was trained with another config"):
-        load_agent(path)
+        load_agent(tmp_path / "other")
 
 
 def test_the_fingerprint_is_of_the_weights(make_run: Callable[..., Run], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in found}
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 6])
+@pytest.mark.parametrize("stop_at", [4])
 @pytest.mark.parametrize("phase", list(BEFORE))
 def test_an_interrupted_phase_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, phase: str, stop_at: int

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
 DAY, HOUR = 86_400.0, 3_600.0
@@ -37,7 +38,10 @@ class Rates:
     parameters: float = known(1.594, "counted", "1e9", "dynamics of width 1920, 30 layers, attention over time in every 4th")
     train_flop: float = known(4.70, "counted", "TFLOP/frame", "413.9 TFLOP a training step of 88 frames on average")
     recompute: float = known(
-        4 / 3, "assumed", "times", "activations are computed again, which is not implemented: a row of 256 steps keeps 335 GB of them"
+        4 / 3,
+        "assumed",
+        "times",
+        "activations are computed again (`train.activation_checkpointing`): a row of 256 steps keeps 335 GB of them",
     )
     passes: float = known(10, "assumed", "times", "that phase 1 sees each frame")
     peak: float = known(989, "assumed", "TFLOP/s", "of a GPU, dense bf16: the H100's data sheet")
@@ -184,9 +188,20 @@ def parse(words: list[str]) -> Rates:
     return Rates(**given)
 
 
-if __name__ == "__main__":
+def command_line() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description="What the internet scale takes, from rates that can be changed.")
+    options.add_argument("rates", nargs="*", metavar="KEY=NUMBER", help="of the first table")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     try:
-        chosen = parse(sys.argv[1:])
+        chosen = parse(command_line().parse_args(argv).rates)
     except ValueError as error:
-        sys.exit(f"scale: error: {error}")
+        print(f"scale: error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("\n\n".join([rates_table(chosen), plan_table(chosen), days_table(chosen)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -66,4 +66,4 @@ def test_every_input_says_what_it_is(scale: dict[str, Any]) -> None:
 )
 def test_bad_words(word: str, said: str) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("scale: error: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith("scale: error: ") and said in done.stderr and done.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -21,7 +22,7 @@ from dreamer.pipeline import STAGES, Run, evaluate, run_all, run_stage, stages
 from dreamer.pipeline.collect import make_any_player
 from dreamer.pipeline.evaluate import RecordedMixture
 from dreamer.pipeline.run import write_json
-from dreamer.training.checkpoint import save_checkpoint
+from dreamer.training.checkpoint import read_manifest, save_checkpoint
 from dreamer.training.models_io import agent_info, tokenizer_info
 from dreamer.training.phase2 import Phase2Config
 from dreamer.training.settings import EnvConfig, RecordConfig
@@ -258,11 +259,15 @@ def test_which_actions_are_the_same(tmp_path: Path, component: ActionComponent, 
 
 @pytest.mark.parametrize("text", ["{}", '{"settings": {}, "seed": 0, "num_skipped": 0}', '{"settings": {"phase2": 3}, "seed": 0}'])
 def test_a_damaged_state_is_named_with_the_remedy(tmp_path: Path, text: str) -> None:
+    """Also where the manifest says that it is whole, as somebody else's may."""
     save_models(tmp_path, ActionSpace((ActionComponent("action", "categorical", 3),)))
     run = Run(config(tmp_path))
     assert run.has("phase2")
     file = tmp_path / "phase2" / "checkpoints" / "step_00000001" / "state.json"
     file.write_text(text)
+    manifest = read_manifest(file.parent)
+    manifest["files"][file.name] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: is damaged .*; remove the folder of this checkpoint"):
         run.has("phase2")
 

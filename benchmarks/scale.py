@@ -41,7 +41,7 @@ class Rates:
         4 / 3,
         "assumed",
         "times",
-        "activations are computed again (`train.activation_checkpointing`): a row of 256 steps keeps 335 GB of them",
+        "activations are computed again: else a row of 256 steps keeps 335 GB of them",
     )
     passes: float = known(10, "assumed", "times", "that phase 1 sees each frame")
     peak: float = known(989, "assumed", "TFLOP/s", "of a GPU, dense bf16: the H100's data sheet")

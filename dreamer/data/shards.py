@@ -127,8 +127,9 @@ def shard_paths(folder: Path) -> list[Path]:
 def remove_stale_files(folder: Path) -> None:
     """Remove what killed writers left behind."""
     for path in folder.glob(".*.tmp"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # finished or removed by another process in between
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 class ShardedWriter:

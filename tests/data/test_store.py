@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,3 +353,17 @@ def test_a_forged_header_is_refused(make_store):
         write_shard(path, arrays, header)
         with pytest.raises(ValueError, match=r"shard-000000\.safetensors: damaged"):
             EpisodeStore(store.path)
+
+
+def test_a_leftover_that_vanishes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finishes its file, or removes the same leftover."""
+    leftover = tmp_path / ".shard.1.tmp"
+    leftover.touch()
+
+    def now() -> float:
+        leftover.unlink()
+        return 1e12
+
+    monkeypatch.setattr(shards, "time", SimpleNamespace(time=now))
+    shards.remove_stale_files(tmp_path)
+    assert not leftover.exists()

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,12 @@ def torchrun(processes: int, *words: str | Path) -> str:
     done = subprocess.run(command(processes, *words), env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "[rank" in line)
     return done.stdout + done.stderr
+
+
+def signalled(signum: int, step: int, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """``dreamer`` in 2 processes, one of which gets a signal before this step."""
+    given = command(2, ROOT / "tests" / "training" / "ranks_signal.py", str(int(signum)), str(step), *words)
+    return subprocess.run(given, env=environment(), capture_output=True, text=True, timeout=240)
 
 
 def made_from(alone: Run, path: Path, *parts: str) -> Path:
@@ -209,19 +214,12 @@ def killed(alone: Run, folder: Path) -> Path:
     path = folder / "killed"
     if not path.exists():
         made_from(alone, path, "tokenizer", "latents")
-        words = ("-m", "dreamer", "train", "phase1", "--config", folder / "config.yaml", f"run_dir={path}", *LONG, "parallel.strategy=fsdp")
-        parent = subprocess.Popen(command(2, *words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 120
-        while not list_checkpoints(path / "phase1") and time.monotonic() < end:
-            time.sleep(0.005)
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        os.kill(int(children[1]), signal.SIGKILL)
-        assert parent.wait(120) != 0
+        words = ("train", "phase1", "--config", folder / "config.yaml", f"run_dir={path}", *LONG, "parallel.strategy=fsdp")
+        assert signalled(signal.SIGKILL, 5, *words).returncode != 0
         assert 3 <= list_checkpoints(path / "phase1")[-1][0] < 12
     return path
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc, which this machine lacks")
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (3, "fsdp"), (2, "ddp")])
 def test_one_is_killed_and_another_number_of_processes_goes_on(
     uninterrupted: Path, killed: Path, folder: Path, tmp_path: Path, processes: int, strategy: str
@@ -241,19 +239,11 @@ def test_one_is_killed_and_another_number_of_processes_goes_on(
 def test_a_signal_to_one_makes_all_save_the_same_step(alone: Run, uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
     path = made_from(alone, tmp_path / "run", "tokenizer", "latents")
     words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, "phase1.train.checkpoint_every=12"]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        parent = subprocess.Popen(command(2, "-m", "dreamer", *words), env=environment(), stdout=file, stderr=file)
-    end = time.monotonic() + 120
-    metrics = path / "phase1" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
-        time.sleep(0.005)
-    child = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()[1]
-    os.kill(int(child), signal.SIGTERM)
-    assert parent.wait(120) != 0
+    done = signalled(signal.SIGTERM, 4, *words)
+    assert done.returncode != 0
     ((step, checkpoint),) = list_checkpoints(path / "phase1")
-    assert 1 <= step < 12 and checkpoint.name == f"interim_step_{step:08d}", log.read_text()
-    assert log.read_text().count("dreamer: interrupted; run the same command again to go on") == 2  # not only the one that heard it
+    assert (step, checkpoint.name) == (5, "interim_step_00000005"), done.stderr
+    assert done.stderr.count("dreamer: interrupted; run the same command again to go on") == 2  # not only the one that heard it
     assert main(words) == 0
     assert_same_training(uninterrupted / "phase1", path / "phase1")
 

@@ -13,6 +13,7 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 12.0  # seconds after which a step that has not ended is given up: what was saved before it stays
 ECHO = 0.5  # seconds in which another signal is the same one: Ctrl-C reaches a process from the terminal and from its parent
+ECHO_OF_SEVERAL = 20.0  # where several processes train: schedulers signal them one by one, and torchrun passes its own on to all
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,14 +32,19 @@ def exit_code(interruption: KeyboardInterrupt) -> int:
 class Stop:
     """What a block knows of the signals that came: see ``deferred``."""
 
-    def __init__(self, promise: str) -> None:
+    def __init__(self, promise: str, echo: float) -> None:
         self.signum: int | None = None
-        self._promise, self._since = promise, 0.0
+        self._promise, self._echo, self._since = promise, echo, 0.0
         self._patience: float | None = None  # None: not in a breakable block
 
     @property
     def is_wanted(self) -> bool:
         return self.signum is not None
+
+    def agree(self, signum: int) -> None:
+        """Another process has heard ``signum`` (0: none has), so that this one stops as well. Its own signal may still come."""
+        if self.signum is None and signum:
+            self.signum, self._since = signum, time.monotonic()
 
     @contextmanager
     def breakable(self, patience: float = 0.0) -> Iterator[None]:
@@ -65,7 +71,7 @@ class Stop:
             self.signum, self._since = signum, time.monotonic()
             _say(f"{signal.Signals(signum).name}: {self._promise}; once more to stop at once")
             self._arm()
-        elif time.monotonic() - self._since > ECHO:
+        elif time.monotonic() - self._since > self._echo:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
             raise Interrupted(self.signum, is_final=True)
@@ -79,11 +85,11 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def deferred(promise: str) -> Iterator[Stop]:
+def deferred(promise: str, echo: float = ECHO) -> Iterator[Stop]:
     """A block that SIGINT and SIGTERM do not break: the first one is announced with ``promise`` and noted, so that the block can end where
     it may, which raises ``Interrupted``; the second one raises it at once. Outside the main thread, where Python hears no signals, and
-    for signals that are ignored, nothing changes."""
-    stop = Stop(promise)
+    for signals that are ignored, nothing changes. For ``echo`` seconds another signal counts as the first."""
+    stop = Stop(promise, echo)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

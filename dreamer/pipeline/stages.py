@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from dreamer.data.shards import remove_stale_files
 from dreamer.pipeline.collect import check_lengths, record_episodes
@@ -48,7 +49,8 @@ def run_stage(run: Run, name: str) -> bool:
     clock = threading.Thread(target=beat, name=f"clock of {name}", daemon=True)
     clock.start()
     try:
-        with connected(run.ranks, run.device):
+        # encoding needs no group, and shares of it may end hours apart
+        with nullcontext() if name == "pretokenize" else connected(run.ranks, run.device):
             did_work = STAGES[name](run)
     except KeyboardInterrupt:
         did_work = True

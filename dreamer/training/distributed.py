@@ -127,7 +127,8 @@ class Parallel:
         for module in phase.modules():
             if isinstance(module, Layer) and any(p not in frozen for p in module.parameters()):
                 fully_shard(module, mesh=mesh, ignored_params=frozen)
-        fully_shard(phase, mesh=mesh, ignored_params=frozen)
+        root = fully_shard(phase, mesh=mesh, ignored_params=frozen)
+        root._get_fsdp_state()._lazy_init()  # now: the first call may be of a layer, in a validation, which would take itself for the root
         return phase
 
     @contextmanager

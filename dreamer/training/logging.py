@@ -136,7 +136,9 @@ class SilentLogger(RunLogger):
     def __init__(self, run_dir: str | os.PathLike[str], name: str, *, total_steps: int, resume_step: int = 0) -> None:
         self.run_dir = Path(run_dir)
 
-    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None: ...
+    def log(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        for key, value in values.items():
+            _finite(step, key, value)  # all end, where the one that writes does
 
     def advance(self, step: int) -> None: ...
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dreamer.interrupt import PATIENCE, Interrupted, Stop, deferred
+from dreamer.interrupt import ECHO, ECHO_OF_SEVERAL, PATIENCE, Interrupted, Stop, deferred
 from dreamer.models.transformer import checkpoint_layers, compile_layers
 from dreamer.training.checkpoint import (
     STATE,
@@ -165,7 +165,8 @@ class Trainer:
         logged = self.step - (unfinished is not None)
         kind = RunLogger if self.parallel.ranks.is_main else SilentLogger
         logger = kind(self.run_dir, self.run_dir.name, total_steps=config.steps, resume_step=logged)
-        with deferred("saving at the next step") as stop, closing(logger), closing(batches(self.step * config.accumulate)) as stream:
+        echo = ECHO if self.parallel.ranks.world == 1 else ECHO_OF_SEVERAL
+        with deferred("saving at the next step", echo) as stop, closing(logger), closing(batches(self.step * config.accumulate)) as stream:
             if unfinished is not None:
                 self._finish_step(unfinished, logger, validate, stop)
             while self.step < config.steps and not self._is_stopped(stop):
@@ -179,7 +180,7 @@ class Trainer:
 
     def _is_stopped(self, stop: Stop) -> bool:
         """Whether a signal has reached any of the processes: all stop after the same step."""
-        stop.signum = self.parallel.largest(stop.signum or 0) or None
+        stop.agree(self.parallel.largest(stop.signum or 0))
         return stop.is_wanted
 
     def _breakable(self, stop: Stop, patience: float = 0.0) -> AbstractContextManager[None]:
@@ -214,6 +215,7 @@ class Trainer:
         try:
             with self.averaged_weights(), self._breakable(stop):
                 measured = validate(logger, self.step)
+            measured = self.parallel.main_does(lambda: measured)  # on GPUs a last bit may differ, and with it what is best
         except Interrupted as interruption:
             if not interruption.is_final and checkpoint_path(self.run_dir, self.step, is_interim=True) != self._resumed_from:
                 self.save(is_interim=True)
@@ -358,12 +360,12 @@ class Trainer:
         """What ``save`` wrote, with this number of processes or another one, as it lies in this one."""
         if self.parallel.strategy != "fsdp" and (path / STATE).is_file():
             return read_tensors(path / STATE)
-        shapes = saved_shapes(path, ("phase.", "carried.", "ema.", "optimizer."))
-        moments = {name.removeprefix("optimizer."): shape for name, shape in shapes.items() if name.startswith("optimizer.")}
+        saved = saved_shapes(path, ("phase.", "carried.", "ema.", "optimizer."))
+        moments = {name.removeprefix("optimizer."): t for name, t in saved.items() if name.startswith("optimizer.")}
         own = {f"phase.{name}": torch.zeros_like(t) for name, t in self.phase.state_dict().items()}
         own |= {f"ema.{name}": torch.zeros_like(t) for name, t in self.ema.items()}
         own |= {f"optimizer.{name}": t for name, t in room_for_optimizer_tensors(self.optimizers, moments).items()}
-        tensors = {name: own[name] if name in own else torch.zeros(shape) for name, shape in shapes.items()}
+        tensors = {name: own[name] if name in own else torch.zeros_like(t, device="cpu") for name, t in saved.items()}
         read_pieces(path, tensors)
         return tensors
 

@@ -81,17 +81,18 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torc
     return tensors
 
 
-def room_for_optimizer_tensors(optimizers: list[torch.optim.Optimizer], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Tensors of these names and shapes, as ``optimizer_tensors`` gives them. One of its parameter's shape is cut into pieces as it is."""
+def room_for_optimizer_tensors(optimizers: list[torch.optim.Optimizer], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors like these, as ``optimizer_tensors`` gives them. One of its parameter's shape is cut into pieces as it is."""
     parameters: dict[str, torch.Tensor] = {
         f"{i}.{index}": parameter.detach()
         for i, optimizer in enumerate(optimizers)
         for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
     }
     room = {}
-    for name, shape in shapes.items():
+    for name, tensor in like.items():
         parameter = parameters.get(name.rpartition(".")[0])
-        room[name] = torch.zeros_like(parameter) if parameter is not None and parameter.shape == shape else torch.zeros(shape)
+        is_cut = parameter is not None and parameter.shape == tensor.shape
+        room[name] = torch.zeros_like(parameter) if is_cut else torch.zeros_like(tensor, device="cpu")
     return room
 
 

@@ -38,22 +38,22 @@ def piece_name(ranks: Ranks) -> str:
     return f"train_state_{ranks.rank + 1:05d}_of_{ranks.world:05d}.safetensors"
 
 
-def saved_shapes(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch.Size]:
-    """The names and whole shapes of a checkpoint's tensors with these prefixes, whether in pieces or in one file. Raises ``ValueError``
-    naming the folder if a piece is missing or damaged."""
+def saved_shapes(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with these prefixes, whether in pieces or in one file: whole, and without content (device meta). Raises
+    ``ValueError`` naming the folder if a piece is missing or damaged."""
     try:
         found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{checkpoint}: its training state is not readable ({error!r}); use an earlier checkpoint") from error
-    shapes: dict[str, torch.Size] = {}
+    hollow: dict[str, Tensor] = {}
     for name, entry in found.items():
         if not name.startswith(prefixes):
             continue
-        size, chunks = entry.size, entry.chunks  # pyright: ignore[reportAttributeAccessIssue]
+        size, chunks, dtype = entry.size, entry.chunks, entry.properties.dtype  # pyright: ignore[reportAttributeAccessIssue]
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):  # DCP would leave a gap as it is
             raise ValueError(f"{checkpoint}: a piece of {name!r} is missing; use an earlier checkpoint")
-        shapes[name] = size
-    return shapes
+        hollow[name] = torch.empty(size, dtype=dtype, device="meta")
+    return hollow
 
 
 def read_pieces(checkpoint: Path, targets: dict[str, Tensor]) -> None:

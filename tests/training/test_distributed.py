@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +25,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dreamer.cli import main
+from dreamer.config import DreamerConfig
 from dreamer.data import LatentStore
+from dreamer.interrupt import ECHO_OF_SEVERAL, Interrupted, Stop
 from dreamer.pipeline import STAGES, Run
 from dreamer.training.checkpoint import list_checkpoints, newest_checkpoint
 from dreamer.training.distributed import Parallel, Ranks
+from dreamer.training.logging import SilentLogger
+from dreamer.training.loop import Trainer
 from dreamer.training.models_io import load_agent
 from dreamer.training.optim import OptimConfig, make_optimizers
 from dreamer.training.sharded_state import read_pieces, saved_shapes
-from dreamer.yaml_config import save_config
+from dreamer.yaml_config import load_config, save_config
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
@@ -171,8 +177,8 @@ def test_pieces_hold_no_pickle_and_reading_them_calls_none(fsdp: Path, monkeypat
 
     for where, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(where, name, refuse)
-    shapes = saved_shapes(checkpoint, ("phase.", "ema.", "optimizer.", "carried."))
-    tensors = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    saved = saved_shapes(checkpoint, ("phase.", "ema.", "optimizer.", "carried."))
+    tensors = {name: torch.full(t.shape, torch.nan) for name, t in saved.items()}
     read_pieces(checkpoint, tensors)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     exported = load_file(checkpoint / "model.safetensors")
@@ -310,3 +316,74 @@ def test_muon_is_refused_for_pieces(group: None) -> None:
     with pytest.raises(ValueError, match="muon, which needs whole matrices, and parallel.strategy fsdp cuts them; use adamw, or ddp"):
         make_optimizers({"dynamics.layers.0.weight": piece}, OptimConfig(optimizer="muon"))
     assert make_optimizers({"dynamics.layers.0.weight": piece}, OptimConfig())
+
+
+def test_a_carried_rollout_goes_on_from_pieces(alone: Run, folder: Path, tmp_path: Path) -> None:
+    """Between two updates on the same rollout; its masks are no floats."""
+    path = made_from(alone, tmp_path / "run", "tokenizer", "latents", "phase2")
+    words = ["train", "phase3", "--config", str(folder / "config.yaml"), f"run_dir={path}"]
+    done = signalled(signal.SIGTERM, 0, *words, "parallel.strategy=fsdp")
+    assert [step for step, _ in list_checkpoints(path / "phase3")] == [1], done.stderr
+    shutil.copytree(path, tmp_path / "other")
+    assert main(words) == 0
+    assert_same_training(alone.path / "phase3", path / "phase3")
+    words[-1] = f"run_dir={tmp_path / 'other'}"
+    torchrun(2, "-m", "dreamer", *words, "parallel.strategy=fsdp")
+    assert_same_training(alone.path / "phase3", tmp_path / "other" / "phase3")
+
+
+def test_an_interrupted_validation_is_made_by_several(alone: Run, uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
+    """Before any training step of theirs: layers are called before the whole model is."""
+    path = made_from(alone, tmp_path / "run", "tokenizer", "latents")
+    words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, "phase1.train.validate_every=6"]
+    run = Run(load_config(DreamerConfig, folder / "config.yaml", words[4:]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_validate", interrupted(Trainer._validate))
+        with pytest.raises(Interrupted):
+            STAGES["phase1"](run)
+    assert [path.name for _, path in list_checkpoints(run.path / "phase1")][-1] == "interim_step_00000006"
+    torchrun(2, "-m", "dreamer", *words, "parallel.strategy=fsdp")
+    for old, new in zip(rows(uninterrupted / "phase1"), rows(path / "phase1"), strict=True):
+        assert new["loss"] == pytest.approx(old["loss"], rel=TOLERANCE)
+
+
+def interrupted(validate: Callable[..., Any]) -> Callable[..., Any]:
+    def with_signal(self: Trainer, metrics: Any, logger: Any, hook: Callable[..., Any], stop: Any) -> Any:
+        def signalled_hook(*arguments: Any) -> Any:
+            signal.raise_signal(signal.SIGTERM)
+            return hook(*arguments)
+
+        return validate(self, metrics, logger, signalled_hook, stop)
+
+    return with_signal
+
+
+def test_a_signal_after_that_of_another_process_is_not_a_second_one() -> None:
+    stop = Stop("saving", ECHO_OF_SEVERAL)
+    stop.agree(0)
+    assert not stop.is_wanted
+    stop.agree(signal.SIGTERM)
+    assert stop.is_wanted
+    stop.on_signal(signal.SIGTERM, None)  # its own, which comes later: the save goes on
+    stop.agree(signal.SIGINT)
+    assert stop.signum == signal.SIGTERM
+
+
+def test_what_is_best_is_decided_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On GPUs a last bit of a validation may differ between processes: they must not save at different steps."""
+    told: list[Any] = []
+
+    def main_does(self: Parallel, work: Callable[[], Any]) -> Any:
+        told.append(work())
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(Parallel, "main_does", main_does)
+    trainer = SimpleNamespace(
+        parallel=Parallel(), step=3, averaged_weights=nullcontext, _loggable=lambda m: m, _breakable=lambda stop: nullcontext()
+    )
+    logger, stop = SilentLogger(tmp_path, "phase1", total_steps=3), Stop("saving", 0.5)
+    measured = Trainer._validate(trainer, {}, logger, lambda logger, step: {"val_loss": 1.0 + 1e-7}, stop)  # pyright: ignore[reportArgumentType]
+    assert measured == {"val_loss": 1.0}
+    with pytest.raises(ValueError, match="'loss' is nan at step 3"):
+        logger.log(3, {"loss": float("nan")})  # ends as the process does that writes
+    assert told == [{"val_loss": 1.0 + 1e-7}]

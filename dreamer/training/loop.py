@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -39,6 +40,8 @@ from dreamer.training.optim import (
 )
 from dreamer.training.sharded_state import read_pieces, saved_shapes
 from dreamer.types import Config
+
+_log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
 # Settings that decide what is written and when, not how the weights come out: they may change when a run goes on.
@@ -170,13 +173,24 @@ class Trainer:
             if unfinished is not None:
                 self._finish_step(unfinished, logger, validate, stop)
             while self.step < config.steps and not self._is_stopped(stop):
-                with self._breakable(stop, PATIENCE):
+                with self._given_up(), self._breakable(stop, PATIENCE):
                     metrics = self.train_step([next(stream) for _ in range(config.accumulate)])
                 self.step += 1
                 self._finish_step(metrics, logger, validate, stop)
             if stop.is_wanted and self._saved_step < self.step:
                 logger.sync()
                 self.save(is_interim=True)
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        """Says what there is to go on with if a step takes too long."""
+        try:
+            yield
+        except Interrupted as interruption:
+            if not interruption.is_final:
+                newest = f"the newest checkpoint is of step {self._saved_step}" if self._saved_step else "there is no checkpoint yet"
+                _log.warning("%s: step %d took over %g seconds and was given up; %s", self.run_dir, self.step + 1, PATIENCE, newest)
+            raise
 
     def _is_stopped(self, stop: Stop) -> bool:
         """Whether a signal has reached any of the processes: all stop after the same step."""

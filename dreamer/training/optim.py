@@ -91,8 +91,10 @@ def room_for_optimizer_tensors(optimizers: list[torch.optim.Optimizer], like: di
     room = {}
     for name, tensor in like.items():
         parameter = parameters.get(name.rpartition(".")[0])
-        is_cut = parameter is not None and parameter.shape == tensor.shape
-        room[name] = torch.zeros_like(parameter) if is_cut else torch.zeros_like(tensor, device="cpu")
+        if parameter is not None and parameter.shape == tensor.shape:
+            room[name] = torch.zeros_like(parameter)
+        else:
+            room[name] = torch.zeros_like(tensor, device="cpu")
     return room
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from dreamer.interrupt import Interrupted
 from dreamer.pipeline import STAGES, Run
+from dreamer.training import loop
 from dreamer.training.loop import Trainer
 
 BEFORE = {
@@ -131,3 +133,20 @@ def test_a_phase_is_not_resumed_from_other_initial_weights(whole: Path, tmp_path
     shutil.copytree(whole / "phase2" / "checkpoints", run.path / "phase1" / "checkpoints")
     with pytest.raises(ValueError, match="initial_weights"):
         STAGES["phase2"](run)
+
+
+def test_a_step_that_takes_too_long_is_given_up_and_that_is_said(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr(loop, "PATIENCE", 0.2)
+
+    def slow(self: Trainer, batches: list) -> dict:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+        return {}
+
+    monkeypatch.setattr(Trainer, "train_step", slow)
+    with pytest.raises(Interrupted):
+        STAGES["tokenizer"](run)
+    assert "step 1 took over 0.2 seconds and was given up; there is no checkpoint yet" in caplog.text

@@ -53,7 +53,7 @@ def saved_shapes(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, torch
     try:
         found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     except UNREADABLE as error:
-        raise ValueError(f"{checkpoint}: its training state is not readable ({error!r}); use an earlier checkpoint") from error
+        raise ValueError(f"{checkpoint}: its training state is not readable ({_first(error)}); use an earlier checkpoint") from error
     shapes: dict[str, torch.Size] = {}
     for name, entry in found.items():
         if not name.startswith(prefixes):
@@ -95,4 +95,4 @@ def read_pieces(checkpoint: Path, targets: dict[str, Tensor]) -> None:
 def _first(error: BaseException) -> str:
     """What went wrong in the first process in which something did."""
     failures = getattr(error, "failures", None)
-    return repr(failures[min(failures)][0]) if failures else repr(error)
+    return repr(failures[min(failures)][0] if failures else error)[:300]  # names of any length stand in a file

@@ -71,6 +71,13 @@ def test_a_header_that_says_something_else_is_damage(tmp_path: Path, info: Any) 
     assert str(caught.value).startswith(f"{tmp_path}: ")
 
 
+def test_long_names_make_no_long_errors(tmp_path: Path) -> None:
+    save_pieces(tmp_path, ({"x" * 5000: torch.ones(1)}, {"y": 1}))
+    with pytest.raises(ValueError, match="use an earlier checkpoint") as caught:
+        saved_shapes(tmp_path, ("x",))
+    assert len(str(caught.value)) < 1000
+
+
 def test_pieces_that_overlap_hide_no_gap(tmp_path: Path) -> None:
     save_pieces(tmp_path, (rows(2, 2), at(0, 0)), (rows(2, 2), at(1, 0)), (rows(1, 2), at(4, 0)))  # row 3 is missing; 5 rows in all
     with pytest.raises(ValueError, match="the pieces of 'x' do not fit together"):

@@ -190,7 +190,10 @@ def _load(arguments: argparse.Namespace):
     path = arguments.config or (PRESETS / f"{preset}.yaml" if preset else None)
     if path is None and not arguments.overrides:
         raise ValueError("no settings: give --config FILE, --preset NAME or key=value words; dreamer config prints all that there are")
-    return load_config(DreamerConfig, path, arguments.overrides)
+    config, key = load_config(DreamerConfig, path, arguments.overrides), "cosmos_tokenizer.trust_torchscript"
+    if config.cosmos_tokenizer.trust_torchscript and not any(word.partition("=")[0].strip() == key for word in arguments.overrides):
+        raise ValueError(f"{path}: {key} is true, so that programs in files would run; if you trust them, type {key}=true as well")
+    return config
 
 
 def _setting_words(arguments: argparse.Namespace) -> list[str]:

@@ -147,6 +147,19 @@ def test_a_run_is_not_continued_with_another_config(tmp_path: Path, capsys: pyte
     assert main(["record", *words]) == 0  # there is nothing to add
 
 
+def test_a_config_alone_runs_no_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("cosmos_tokenizer: {enabled: true, trust_torchscript: true}\n")
+    for words in (["config"], ["train", "tokenizer"]):
+        line = fails(capsys, *words, "--config", str(file), f"run_dir={tmp_path / 'run'}")
+        assert line.endswith(
+            f"{file}: cosmos_tokenizer.trust_torchscript is true, so that programs in files would run; if you trust them, "
+            "type cosmos_tokenizer.trust_torchscript=true as well"
+        )
+    assert main(["config", "--config", str(file), "cosmos_tokenizer.trust_torchscript=true"]) == 0
+    assert not (tmp_path / "run").exists()
+
+
 def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "seed=1", "--preset", "smoke", "phase1.train.steps=9", "seed=2"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from av.error import FFmpegError
 
+MAX_JSON_BYTES = 16 << 20  # a file, or a line of one
+
 # What a recording itself can cause: a file that is missing, of another kind or badly named, and places beyond its end.
 _OWN_FAULTS = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG, errno.EOVERFLOW}
 # FFmpeg gives the same numbers to files that it cannot make sense of. These alone it has from the machine only.

@@ -184,6 +184,8 @@ class Seat:
 
     async def _obey(self) -> None:
         command, done = self._commands.popleft()
+        if done is not None and done.cancelled():  # whoever sent it has been told that it did not begin
+            return
         try:
             await self._do(command)
         except (ValueError, OSError) as error:

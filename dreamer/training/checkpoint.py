@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dreamer.data.files import atomic_file, fsync_path
+from dreamer.data.files import MAX_JSON_BYTES, atomic_file, fsync_path
 from dreamer.training.distributed import Parallel
 from dreamer.training.sharded_state import write_pieces
 
@@ -39,10 +39,15 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 FORMAT = 1
 NAME = re.compile(r"(?:interim_)?step_(\d{8,})", re.ASCII)
+FILE_NAME = re.compile(r"\w{1,64}\.(json|safetensors)", re.ASCII)  # of what a manifest may list
 
 _log = logging.getLogger(__name__)
 _sound: dict[Path, tuple[Any, ...]] = {}  # whose bytes this process has compared, and their stamps then
 _told: set[str] = set()  # which damage this process has warned of
+
+
+class OtherFormat(ValueError):
+    """A checkpoint that another version of dreamer wrote: nothing here can tell whether it is damaged."""
 
 
 def checkpoint_path(run_dir: Path, step: int, *, is_interim: bool = False) -> Path:
@@ -69,7 +74,7 @@ def newest_checkpoint(run_dir: Path, *, set_aside: bool = False) -> tuple[int, P
 
     Damaged ones that are newer are passed over with a warning. ``set_aside``: they are renamed too, to ``damaged_step_...``, so that
     training can go on from the older one and write that step again. Raises ``ValueError`` if all are damaged: to begin anew must be
-    somebody's wish.
+    somebody's wish; and ``OtherFormat``, before anything is renamed, for one of another version of dreamer.
     """
     damaged: list[tuple[Path, str]] = []
     for step, path in reversed(_folders(run_dir)):
@@ -105,9 +110,11 @@ def find_checkpoint(path: Path) -> Path:
 
 def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
     """Which file is damaged, and how; None if all is as the manifest says. ``in_full``: to the last byte, which is done once a process for
-    the same files; else their sizes are compared."""
+    the same files; else their sizes are compared. Raises ``OtherFormat``, which is no damage."""
     try:
         manifest = read_manifest(checkpoint)
+    except OtherFormat:
+        raise
     except ValueError as error:
         return str(error)
     stamps = []
@@ -117,8 +124,10 @@ def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
             stat = file.stat()
         except FileNotFoundError:
             return f"{file}: is missing"
+        except OSError as error:
+            return _unreadable(file, error)
         if stat.st_size != entry["bytes"]:
-            return f"{file}: has {stat.st_size} bytes, expected {entry['bytes']}"
+            return f"{file}: has {stat.st_size} bytes, expected {str(entry['bytes'])[:20]}"
         stamps.append((name, entry["sha256"], stat.st_ino, stat.st_size, stat.st_mtime_ns))
     if not in_full or _sound.get(checkpoint.absolute()) == tuple(stamps):
         return None
@@ -126,32 +135,40 @@ def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
         try:
             is_same = _sha256(checkpoint / name) == entry["sha256"]
         except OSError as error:
-            if error.errno != errno.EIO:  # others tell of the machine, not of the file
-                raise
-            return f"{checkpoint / name}: cannot be read ({error.strerror})"
+            return _unreadable(checkpoint / name, error)
         if not is_same:
             return f"{checkpoint / name}: its SHA-256 differs from the one in {MANIFEST}"
     _sound[checkpoint.absolute()] = tuple(stamps)
     return None
 
 
+def _unreadable(file: Path, error: OSError) -> str:
+    """The damage that ``error`` means; raises it where it tells of the machine, not of the file."""
+    if error.errno != errno.EIO:
+        raise error
+    return f"{file}: cannot be read ({error.strerror})"
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """``manifest.json``: format, step, and bytes and sha256 of each file. Raises ``ValueError`` if it is missing or
-    damaged."""
-    if not (checkpoint / MANIFEST).is_file():
-        raise ValueError(f"{checkpoint / MANIFEST}: is missing")
+    damaged, and ``OtherFormat`` if it is of a format that is not known here."""
+    if not os.path.isfile(checkpoint / MANIFEST):
+        raise ValueError(f"{checkpoint / MANIFEST}: is missing; this checkpoint was made before manifests existed, or it is damaged")
     manifest = read_json(checkpoint / MANIFEST, "it cannot say whether the others are whole")
-    files = manifest.get("files")
-    is_known = manifest.get("format") == FORMAT and type(manifest.get("step")) is int
+    files, found = manifest.get("files"), manifest.get("format")
+    if type(found) is int and found != FORMAT:
+        remedy = f"this version of dreamer knows format {FORMAT}; use the version that wrote this checkpoint"
+        raise OtherFormat(f"{checkpoint / MANIFEST}: is of format {str(found)[:20]}; {remedy}")
+    is_known = type(found) is int and type(manifest.get("step")) is int
     if not is_known or not isinstance(files, dict) or not files.keys() >= set(FILES) or not any(n.startswith("train_state") for n in files):
         raise ValueError(f"{checkpoint / MANIFEST}: does not list the files of a checkpoint of format {FORMAT}")
     for name, entry in files.items():
-        is_plain = Path(name).name == name and isinstance(entry, dict)
+        is_plain = FILE_NAME.fullmatch(name) and isinstance(entry, dict)
         if not is_plain or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
-            raise ValueError(f"{checkpoint / MANIFEST}: its entry {name!r} is not understood")
+            raise ValueError(f"{checkpoint / MANIFEST}: its entry {name[:80]!r} is not understood")
     name = NAME.fullmatch(checkpoint.name)
     if name and int(name[1]) != manifest["step"]:
-        raise ValueError(f"{checkpoint / MANIFEST}: is of step {manifest['step']}")
+        raise ValueError(f"{checkpoint / MANIFEST}: is of step {str(manifest['step'])[:20]}")
     return manifest
 
 
@@ -314,12 +331,17 @@ def _write_fault(error: OSError | SafetensorError, final: Path) -> OSError:
 
 
 def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str, Any]:
-    """A JSON object from a file; ``ValueError`` naming it if it is missing, and the remedy too if it is damaged."""
+    """A JSON object from a file; ``ValueError`` naming it if it is missing, and the remedy too if it is damaged or has more
+    than ``MAX_JSON_BYTES``."""
     try:
-        data = json.loads(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        data = json.loads(text.decode())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of a checkpoint or of a finished run?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:  # the last: brackets in brackets, without end
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets, without end
         raise ValueError(f"{path}: not readable as JSON ({error}); {remedy}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object; {remedy}")
@@ -331,7 +353,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(checkpoint / "state.json")
     for key, kind in {"settings": dict, "seed": int, "num_skipped": int}.items():
         if not isinstance(state.get(key), kind):
-            raise _damaged_state(checkpoint, f"{key} is {state.get(key)!r}")
+            raise _damaged_state(checkpoint, f"{key} is {repr(state.get(key))[:80]}")
     return state
 
 
@@ -339,9 +361,12 @@ def planned_steps(checkpoint: Path, phase: str) -> int:
     """For how many steps ``phase`` was to be trained when ``checkpoint`` was written; ``ValueError`` as ``read_state``."""
     settings = read_state(checkpoint)["settings"]
     try:
-        return int(settings[phase]["train"]["steps"])
-    except (KeyError, TypeError, ValueError):
-        raise _damaged_state(checkpoint, f"settings.{phase}.train.steps is no number") from None
+        steps = settings[phase]["train"]["steps"]
+    except (KeyError, TypeError, IndexError):
+        steps = None
+    if type(steps) is not int or steps < 1:
+        raise _damaged_state(checkpoint, f"settings.{phase}.train.steps is no number of steps")
+    return steps
 
 
 def _damaged_state(checkpoint: Path, what: str) -> ValueError:

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dreamer.data.files import fsync_path
 from dreamer.evaluation.media import encode_gif, encode_mp4, encode_png, write_atomic
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ class RunLogger:
             for leftover in folder.glob(".*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)
         _truncate(self.metrics_path, resume_step)
+        is_new = not self.metrics_path.exists()
         self._metrics = self.metrics_path.open("ab", buffering=0)  # what a full disk refuses must not wait to be refused again
+        if is_new:
+            fsync_path(self.run_dir)  # rows on the disk are of no use in a file without a name
         self._writer = _summary_writer(self.run_dir / "tensorboard", resume_step) if tensorboard else None
         self._progress = ProgressDisplay(name, total_steps, resume_step, console or Console(file=sys.stderr), clock)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from dreamer.data.files import fsync_path
 from dreamer.training.distributed import Ranks
+
+UNREADABLE = (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError)
 
 
 def write_pieces(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list[Path]:
@@ -31,7 +36,11 @@ def write_pieces(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list
     except CheckpointException as error:
         raise OSError(f"{folder}: a piece of the training state cannot be written ({_first(error)})") from error
     own = folder / f"shard-{ranks.rank + 1:05d}-model-00001-of-00001.safetensors"  # as DCP names it
-    return [own.rename(folder / piece_name(ranks))] if own.exists() else []
+    if not own.exists():
+        return []
+    piece = own.rename(folder / piece_name(ranks))
+    fsync_path(piece)  # DCP does so before Python has written its buffer
+    return [piece]
 
 
 def piece_name(ranks: Ranks) -> str:
@@ -43,17 +52,33 @@ def saved_shapes(checkpoint: Path, prefixes: tuple[str, ...]) -> dict[str, Tenso
     ``ValueError`` naming the folder if a piece is missing or damaged."""
     try:
         found = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: its training state is not readable ({error!r}); use an earlier checkpoint") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{checkpoint}: its training state is not readable ({_first(error)}); use an earlier checkpoint") from error
     hollow: dict[str, Tensor] = {}
     for name, entry in found.items():
         if not name.startswith(prefixes):
             continue
         size, chunks, dtype = entry.size, entry.chunks, entry.properties.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        if not _fit_together(size, chunks):
+            raise ValueError(f"{checkpoint}: the pieces of {name[:200]!r} do not fit together; use an earlier checkpoint")
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):  # DCP would leave a gap as it is
-            raise ValueError(f"{checkpoint}: a piece of {name!r} is missing; use an earlier checkpoint")
+            raise ValueError(f"{checkpoint}: a piece of {name[:200]!r} is missing; use an earlier checkpoint")
         hollow[name] = torch.empty(size, dtype=dtype, device="meta")
     return hollow
+
+
+def _fit_together(size: torch.Size, chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether all pieces lie within a tensor of this size, and no two have a number in common."""
+    boxes = sorted([(at, at + n) for at, n in zip(c.offsets, c.sizes, strict=False)] for c in chunks if math.prod(c.sizes))
+    for i, box in enumerate(boxes):
+        if len(box) != len(size) or any(not 0 <= first < end <= whole for (first, end), whole in zip(box, size, strict=True)):
+            return False
+        for other in boxes[i + 1 :]:
+            if box and other and other[0][0] >= box[0][1]:  # sorted: so are those that follow
+                break
+            if all(first < end_ and first_ < end for (first, end), (first_, end_) in zip(box, other, strict=False)):
+                return False
+    return all(len(c.offsets) == len(c.sizes) == len(size) for c in chunks)
 
 
 def read_pieces(checkpoint: Path, targets: dict[str, Tensor]) -> None:
@@ -70,4 +95,4 @@ def read_pieces(checkpoint: Path, targets: dict[str, Tensor]) -> None:
 def _first(error: BaseException) -> str:
     """What went wrong in the first process in which something did."""
     failures = getattr(error, "failures", None)
-    return repr(failures[min(failures)][0]) if failures else repr(error)
+    return repr(failures[min(failures)][0] if failures else error)[:300]  # names of any length stand in a file

@@ -199,13 +199,17 @@ def test_the_bytes_are_compared_once_a_process_for_the_same_files(tmp_path: Path
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": "2"},
+        {"format": True},
         {"step": 6},
         {"step": "5"},
         {"files": {}},
         {"files": 3},
         {"more": {"../../x": {"bytes": 1, "sha256": ""}}},
-        {"more": {"x": {"bytes": "1", "sha256": ""}}},
+        {"more": {"x.json": {"bytes": "1", "sha256": ""}}},
+        {"more": {"..": {"bytes": 1, "sha256": ""}}},
+        {"more": {"a\0.json": {"bytes": 1, "sha256": ""}}},
+        {"more": {"\ud800.json": {"bytes": 1, "sha256": ""}}},
     ],
 )
 def test_a_manifest_that_says_something_else_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -214,6 +218,47 @@ def test_a_manifest_that_says_something_else_is_damage(tmp_path: Path, change: d
     manifest["files"] |= change.pop("more", {})
     file.write_text(json.dumps(manifest | change))
     assert str(checkpoint.find_damage(file.parent)).startswith(str(file))
+
+
+@pytest.mark.parametrize("found", [0, 2, 10**30])
+def test_a_checkpoint_of_another_version_is_no_damage(tmp_path: Path, found: int) -> None:
+    save(tmp_path, 5)
+    file = save(tmp_path, 10) / "manifest.json"
+    file.write_text(json.dumps({"format": found, "other": "things"}))
+    before = contents(tmp_path)
+    words = (
+        rf"step_00000010/manifest\.json: is of format {str(found)[:20]}; this version of dreamer knows format 1; use the version that wrote"
+    )
+    for look in (newest_checkpoint, find_checkpoint, list_checkpoints, lambda run: newest_checkpoint(run, set_aside=True)):
+        with pytest.raises(ValueError, match=words):
+            look(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_without_a_manifest_it_may_be_an_old_one(tmp_path: Path) -> None:
+    DAMAGES["missing"](save(tmp_path, 5) / "manifest.json")
+    with pytest.raises(
+        ValueError, match=r"manifest\.json: is missing; this checkpoint was made before manifests existed, or it is damaged"
+    ):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_what_the_disk_cannot_read_is_damage_and_other_faults_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    good, bad = save(tmp_path, 5), save(tmp_path, 10)
+    real, number = getattr(Path, call), errno.EIO
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path == bad / "model.safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, call, fails)
+    assert checkpoint.find_damage(bad) == f"{bad / 'model.safetensors'}: cannot be read ({os.strerror(errno.EIO)})"
+    assert newest_checkpoint(tmp_path) == (5, good)
+    number = errno.EACCES
+    with pytest.raises(PermissionError):
+        checkpoint.find_damage(bad)
 
 
 def test_the_best_is_kept_and_named(tmp_path: Path) -> None:
@@ -254,6 +299,9 @@ def test_an_interim_one_takes_no_place_and_goes_when_a_later_one_is_there(tmp_pa
         ("model.json", b"{", "not readable as JSON"),
         ("model.json", b"[1]", "expected a JSON object"),
         ("model.json", b"\xff\xfe", "not readable as JSON"),
+        ("model.json", b'{"a": ' + b"9" * 5000 + b"}", "not readable as JSON"),
+        ("model.json", b"[" * 100_000, "not readable as JSON"),
+        ("model.json", b'{"a": "' + b"x" * (16 << 20) + b'"}', "more than 16777216 bytes"),
         ("model.safetensors", b"short", "not a readable safetensors file"),
     ],
 )
@@ -270,8 +318,14 @@ def test_the_state_says_how_long_a_phase_was_to_be_trained(tmp_path: Path) -> No
     state = {"settings": {"phase1": {"train": {"steps": 9}}}, "seed": 3, "num_skipped": 0}
     path = save_checkpoint(tmp_path, 5, model_tensors=tensors, model_info={}, train_tensors=tensors, state=state)
     assert read_state(path) == state | {"step": 5} and planned_steps(path, "phase1") == 9
-    with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings\.phase2\.train\.steps is no number\); remove the folder"):
+    with pytest.raises(
+        ValueError, match=r"state\.json: is damaged \(settings\.phase2\.train\.steps is no number of steps\); remove the folder"
+    ):
         planned_steps(path, "phase2")
+    for strange in (float("inf"), float("nan"), 0, -3, "9", 9.5, True, None):
+        (path / "state.json").write_text(json.dumps(state | {"settings": {"phase1": {"train": {"steps": strange}}}}))
+        with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings\.phase1\.train\.steps is no number of steps\)"):
+            planned_steps(path, "phase1")
     with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings is None\)"):
         read_state(save(tmp_path, 6))
 

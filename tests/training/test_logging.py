@@ -54,6 +54,14 @@ def test_resume_drops_later_rows_and_a_line_that_was_cut_off(tmp_path):
     assert rows(tmp_path)[2:] == [{"step": 3, "loss": 3.0}, {"step": 4, "loss": 40.0}]
 
 
+def test_the_name_of_new_rows_is_on_the_disk_once(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("dreamer.training.logging.fsync_path", lambda path: synced.append((path, [p.name for p in path.iterdir()])))
+    for _ in range(2):
+        with quiet(tmp_path):
+            assert synced == [(tmp_path, ["metrics.jsonl"])]
+
+
 def test_resume_at_zero_starts_afresh(tmp_path):
     with quiet(tmp_path) as logger:
         logger.log(0, {"loss": 1})

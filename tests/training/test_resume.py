@@ -45,15 +45,26 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in found}
 
 
+def assert_same_contents(path: Path, whole: Path) -> None:
+    expected, got = contents(whole), contents(path)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if expected[name] != got[name]] == []
+
+
+def run_before(phase: str, run: Run, whole: Path) -> Run:
+    """``run`` with what ``phase`` needs, from the whole one."""
+    for stage in BEFORE[phase]:
+        name = {"pretokenize": "latents"}.get(stage, stage)
+        shutil.copytree(whole / name, run.path / name)
+    return run
+
+
 @pytest.mark.parametrize("stop_at", [4])
 @pytest.mark.parametrize("phase", list(BEFORE))
 def test_an_interrupted_phase_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, phase: str, stop_at: int
 ) -> None:
-    run = make_run(tmp_path / "run")
-    for stage in BEFORE[phase]:
-        name = {"pretokenize": "latents"}.get(stage, stage)
-        shutil.copytree(whole / name, run.path / name)
+    run = run_before(phase, make_run(tmp_path / "run"), whole)
     train_step = Trainer.train_step
 
     def interrupted(self: Trainer, batches: list) -> dict:
@@ -65,9 +76,7 @@ def test_an_interrupted_phase_ends_with_the_same_bytes(
         patch.setattr(Trainer, "train_step", interrupted)
         STAGES[phase](run)
     assert STAGES[phase](run)
-    expected, got = contents(whole / phase), contents(run.path / phase)
-    assert expected.keys() == got.keys()
-    assert [name for name in expected if expected[name] != got[name]] == []
+    assert_same_contents(run.path / phase, whole / phase)
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -83,10 +92,7 @@ def test_the_number_of_workers_changes_no_byte(whole: Path, tmp_path: Path, make
 def test_a_phase_that_is_stopped_after_every_single_step_ends_with_the_same_bytes(
     whole: Path, tmp_path: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    run = make_run(tmp_path / "run")
-    for stage in BEFORE[phase]:
-        name = {"pretokenize": "latents"}.get(stage, stage)
-        shutil.copytree(whole / name, run.path / name)
+    run = run_before(phase, make_run(tmp_path / "run"), whole)
     train_step = Trainer.train_step
 
     def stopped(self: Trainer, batches: list) -> dict:
@@ -102,9 +108,7 @@ def test_a_phase_that_is_stopped_after_every_single_step_ends_with_the_same_byte
             count += 1
             assert interruption.signum == signal.SIGTERM
     assert count == 7
-    expected, got = contents(whole / phase), contents(run.path / phase)
-    assert expected.keys() == got.keys()
-    assert [name for name in expected if expected[name] != got[name]] == []
+    assert_same_contents(run.path / phase, whole / phase)
 
 
 def test_another_seed_gives_other_weights(whole: Path, tmp_path: Path, make_run: Callable[..., Run]) -> None:

@@ -15,10 +15,11 @@ from typing import IO, Any, NoReturn, TypeVar
 
 import numpy as np
 
+from dreamer.data.files import MAX_JSON_BYTES
+
 T = TypeVar("T")
 
 MAX_NPZ_BYTES = 2 << 30  # unpacked
-MAX_JSON_BYTES = 16 << 20  # a file, or a line of one
 
 REMEDY = "Repair the recording or move it away"
 

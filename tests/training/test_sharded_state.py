@@ -35,14 +35,14 @@ def test_each_piece_is_on_the_disk_once_it_is_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sharded_state, "fsync_path", lambda path: synced.append((path.name, path.stat().st_size)))
     (piece,) = write_pieces(tmp_path, {"x": torch.ones(3, 2)}, Ranks())
     assert synced == [("train_state_00001_of_00001.safetensors", piece.stat().st_size)]
-    target = torch.zeros(saved_shapes(tmp_path, ("x",))["x"])
+    target = torch.zeros_like(saved_shapes(tmp_path, ("x",))["x"], device="cpu")
     read_pieces(tmp_path, {"x": target})
     assert torch.equal(target, torch.ones(3, 2))
 
 
 def test_pieces_fit_together_in_any_order_and_along_any_side(tmp_path: Path) -> None:
     save_pieces(tmp_path, (rows(1, 2), at(2, 0)), (rows(2, 1), at(0, 0)), (rows(2, 1), at(0, 1)), (rows(0, 2), at(3, 0)))
-    assert saved_shapes(tmp_path, ("x",)) == {"x": (3, 2)}
+    assert {name: tuple(t.shape) for name, t in saved_shapes(tmp_path, ("x",)).items()} == {"x": (3, 2)}
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TARGET_NAMES = ("npy", "video", "minerl", "vpt", "minari", "episodes", "latents", "predecessor", "checkpoint", "torchscript", "cosmos")
-TARGET_NAMES += ("config", "messages", "images", "results")
+TARGET_NAMES = ("npy", "video", "minerl", "vpt", "minari", "episodes", "latents", "predecessor", "checkpoint", "pieces", "torchscript")
+TARGET_NAMES += ("cosmos", "config", "messages", "images", "results")
 INSTRUMENTED = ["dreamer", "yaml", "minari", "PIL", "json", "tokenize", "numpy.lib"]  # whose branches the fuzzer sees
 SECONDS_PER_INPUT, MEGABYTES = 30, 4096  # where libFuzzer ends the process
 _STATUS = re.compile(r"^#(\d+)\s+\S+\s+cov: (\d+) ft: (\d+) corp: (\d+)/")

@@ -49,7 +49,7 @@ class CosmosTokenizerConfig(Config):
     num_latent_tokens: int = Field(default=16, ge=1)  # of a latent step, in the modes mean and project
     latent_dim: int = Field(default=16, ge=1)  # channels of a token, in the modes mean (always 16) and project
     reset_every: int = Field(default=121, ge=9)  # frames of a window: 8k + 1; what was before is forgotten
-    trust_torchscript: bool = False  # run NVIDIA's TorchScript itself, which is code from elsewhere; CUDA only
+    trust_torchscript: bool = False  # run NVIDIA's TorchScript itself, which is code from elsewhere: to be typed, too; CUDA only
     checksums: Checksums = "report"  # require: refuse files whose MD5 is not known
 
     @model_validator(mode="after")

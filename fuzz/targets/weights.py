@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig
 from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchscript_tensors
 from dreamer.models.cosmos_weights import build_network, check_compression, load_network, read_mean_std
 from dreamer.training.checkpoint import find_checkpoint, planned_steps, read_state, read_tensors, save_checkpoint
+from dreamer.training.distributed import Ranks
 from dreamer.training.models_io import agent_info, load_agent, load_tokenizer, tokenizer_info
+from dreamer.training.sharded_state import piece_name, read_pieces, saved_shapes
 from fuzz import made
 from fuzz.contract import Target, Variant
 
@@ -75,7 +78,9 @@ def _checkpoint_variants(folder: Path) -> Sequence[Variant]:
     state = (at / "state.json").read_bytes()
     found += [Variant("state.json", whole(f"{place}/state.json"), [state]), values(f"{place}/state.json", state)]
     found += tensors(f"{place}/train_state.safetensors", (at / "train_state.safetensors").read_bytes())
-    return [Variant(variant.name, sealed(folder, variant.files), variant.seeds) for variant in found]
+    manifest = (at / "manifest.json").read_bytes()
+    bare = [Variant("manifest.json", whole(f"{place}/manifest.json"), [manifest]), values(f"{place}/manifest.json", manifest)]
+    return [Variant(variant.name, sealed(folder, variant.files), variant.seeds) for variant in found] + bare
 
 
 def sealed(folder: Path, files: Callable[[bytes], Mapping[str, bytes]]) -> Callable[[bytes], Mapping[str, bytes]]:
@@ -98,6 +103,52 @@ def _read_checkpoints(folder: Path) -> Any:
     at = find_checkpoint(folder / "a")
     state = read_state(at), planned_steps(at, "phase2"), read_tensors(at / "train_state.safetensors")
     return state, load_tokenizer(folder / "t"), load_agent(folder / "a")
+
+
+# ---- training state in pieces
+
+PREFIX, INFO = "x.", "DCP_SHARDING_INFO"
+PIECES = [piece_name(Ranks(rank, 2)) for rank in range(2)]
+
+
+def _pieces(folder: Path) -> None:
+    for number, (name, rows) in enumerate(zip(PIECES, (3, 2), strict=True)):
+        tensors = {f"{PREFIX}w": torch.zeros(rows, 2)} | ({f"{PREFIX}step": torch.zeros(())} if number else {})
+        info = {key: {"saved_offsets": [3 * number] + [0] * (tensor.ndim - 1) if tensor.ndim else []} for key, tensor in tensors.items()}
+        save_file(tensors, folder / name, {"format": "pt", INFO: json.dumps(info)})
+    _read_pieces(folder)  # PyTorch's planner imports much, which no input should
+
+
+def _piece_variants(folder: Path) -> Sequence[Variant]:
+    found: list[Variant] = []
+    for name in PIECES:
+        valid = (folder / name).read_bytes()
+        header, payload = made.safetensors_parts(valid)
+        layout = json.loads(header)
+        info = layout["__metadata__"][INFO].encode()
+        with_info = _with_info(name, layout, payload)
+        change = made.changed_json(json.loads(info))
+        found += tensors(name, valid)
+        found.append(Variant(f"{name} offsets", with_info, [info]))
+        found.append(Variant(f"{name} offsets values", lambda data, change=change, put=with_info: put(change(data)), []))
+    return found
+
+
+def _with_info(name: str, layout: dict[str, Any], payload: bytes) -> Callable[[bytes], Mapping[str, bytes]]:
+    """A piece that says this of the places of its tensors."""
+
+    def changed(data: bytes) -> Mapping[str, bytes]:
+        told = layout["__metadata__"] | {INFO: data.decode("utf-8", "replace")}
+        return {name: made.safetensors_of(json.dumps(layout | {"__metadata__": told}).encode(), payload)}
+
+    return changed
+
+
+def _read_pieces(folder: Path) -> Any:
+    """As training that resumes does: room of the shapes that are told, then what is in it."""
+    targets = {name: torch.full(shape, torch.nan) for name, shape in saved_shapes(folder, (PREFIX,)).items()}
+    read_pieces(folder, targets)
+    return targets
 
 
 # ---- NVIDIA's TorchScript
@@ -180,6 +231,7 @@ def _cosmos_variants(folder: Path) -> Sequence[Variant]:
 
 TARGETS = [
     Target("checkpoint", _checkpoints, _checkpoint_variants, _read_checkpoints),
+    Target("pieces", _pieces, _piece_variants, _read_pieces),
     Target("torchscript", _archive, _archive_variants, _read_archive),
     Target("cosmos", _cosmos, _cosmos_variants, load_network, max_bytes=1 << 15),
 ]

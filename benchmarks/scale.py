@@ -36,18 +36,12 @@ class Rates:
     row_bytes: float = known(102, "counted", "bytes", "of a frame's 24 action columns, mask, reward, terminal")
     encode_flop: float = known(0.47, "assumed", "TFLOP/frame", "encoder of 200M parameters on 1,176 tokens: 2 * 200e6 * 1176")
     parameters: float = known(1.594, "counted", "1e9", "dynamics of width 1920, 30 layers, attention over time in every 4th")
-    train_flop: float = known(4.70, "counted", "TFLOP/frame", "413.9 TFLOP a training step of 88 frames on average")
-    recompute: float = known(
-        4 / 3,
-        "assumed",
-        "times",
-        "activations are computed again: else a row of 256 steps keeps 335 GB of them",
-    )
+    train_flop: float = known(4.15, "counted", "TFLOP/frame", "1,062 TFLOP a GPU and step; activations computed again, bootstrap passes")
     passes: float = known(10, "assumed", "times", "that phase 1 sees each frame")
     peak: float = known(989, "assumed", "TFLOP/s", "of a GPU, dense bf16: the H100's data sheet")
     mfu: float = known(0.4, "assumed", "of the peak", "here 0.52 to 0.61 of a CPU's matrix rate is measured; no GPU was")
     gpus: float = known(64, "assumed", "GPUs", "")
-    gpu_rows: float = known(1, "assumed", "rows", "of 88 frames, on a GPU at a time")
+    step_frames: float = known(256, "assumed", "frames", "on a GPU at a time: 4 rows of 64, in every eighth step one of 256")
     state_bytes: float = known(20, "counted", "bytes/parameter", "weights, average, gradients 4 each, optimiser 8, as a dry run says")
     checkpoint_bytes: float = known(20, "counted", "bytes/parameter", "average twice, weights, optimiser 8")
     price: float = known(1, "example", "money/GPU-hour", "not a price: put in yours")
@@ -75,11 +69,11 @@ def encode_seconds(r: Rates) -> float:
 
 def train_seconds(r: Rates) -> float:
     """Of one GPU."""
-    return frames(r) * r.passes * r.train_flop * r.recompute / (r.peak * r.mfu)
+    return frames(r) * r.passes * r.train_flop / (r.peak * r.mfu)
 
 
 def step_seconds(r: Rates) -> float:
-    return 88 * r.gpu_rows * r.train_flop * r.recompute / (r.peak * r.mfu)
+    return r.step_frames * r.train_flop / (r.peak * r.mfu)
 
 
 def seen(r: Rates) -> float:
@@ -88,8 +82,9 @@ def seen(r: Rates) -> float:
 
 
 def step_traffic(r: Rates) -> float:
-    """Bytes that a GPU receives in a step: weights in bf16 for the forward and the backward pass, gradients in fp32."""
-    return r.parameters * 1e9 * (2 + 2 + 4) * (r.gpus - 1) / r.gpus
+    """Bytes that a GPU receives in a step of one batch: all weights for each of the two bootstrap passes, the forward and the backward
+    pass, then the gradients, in float32 also under autocast (``Parallel.wrap``)."""
+    return r.parameters * 1e9 * (4 * 4 + 4) * (r.gpus - 1) / r.gpus
 
 
 ROWS = (
@@ -120,16 +115,16 @@ ROWS = (
     Row(
         "training, phase 1",
         "1e21 FLOP",
-        "frames * passes * train_flop * recompute",
-        lambda r: frames(r) * r.passes * r.train_flop * r.recompute / 1e9,
+        "frames * passes * train_flop",
+        lambda r: frames(r) * r.passes * r.train_flop / 1e9,
     ),
     Row("training, phase 1", "GPU-hours", "that / (peak * mfu) / 3600", lambda r: train_seconds(r) / HOUR),
     Row("training, phase 1", "days", "GPU-hours / gpus / 24", lambda r: train_seconds(r) / r.gpus / DAY),
     Row("tokens that all GPUs see", "1e6 tokens/s", "frames * passes * tokens / seconds", lambda r: seen(r) * r.tokens / 1e6),
     Row("latents that are read", "MB/s", "tokens/s / tokens * bytes of a frame", lambda r: seen(r) * frame_bytes(r) / 1e6),
-    Row("a training step", "s", "88 * gpu_rows * train_flop * recompute / (peak * mfu)", step_seconds),
+    Row("a training step", "s", "step_frames * train_flop / (peak * mfu)", step_seconds),
     Row("sharded state (FSDP)", "GB/GPU", "parameters * state_bytes / gpus", lambda r: r.parameters * r.state_bytes / r.gpus),
-    Row("received in a step (FSDP)", "GB/GPU", "parameters * (2 + 2 + 4) * (gpus - 1) / gpus", lambda r: step_traffic(r) / 1e9),
+    Row("received in a step (FSDP)", "GB/GPU", "parameters * (4 * 4 + 4) * (gpus - 1) / gpus", lambda r: step_traffic(r) / 1e9),
     Row(
         "network, if it hides behind computing",
         "Gbit/s/GPU",

@@ -210,6 +210,7 @@ def test_launch_files_parse_and_their_commands_can_be_typed(monkeypatch: pytest.
     assert subprocess.run(["bash", "-n", slurm], capture_output=True).stderr == b""
     (words,) = [words for words in commands(slurm.read_text()) if words[0] == "srun"]
     values = {"$SLURM_NNODES": "2", "$head:29500": "host:29500", "$SLURM_JOB_ID": "1"}
+    assert words.pop() == "&"  # the shell waits, so that a signal reaches it
     check_command([values.get(word, word) for word in words[2:]], with_settings=True)
     service, job = yaml.safe_load_all((ROOT / "docs" / "launch" / "kubernetes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
@@ -220,6 +221,20 @@ def test_launch_files_parse_and_their_commands_can_be_typed(monkeypatch: pytest.
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2 and "--nnodes=2" in container["command"]
     check_command([word.replace("$(JOB_COMPLETION_INDEX)", "0") for word in container["command"]], with_settings=True)
     assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+
+
+@pytest.mark.parametrize(("status", "is_requeued"), [(1, True), (0, False)])
+def test_slurm_queues_a_job_again_that_its_time_limit_ended(tmp_path: Path, status: int, is_requeued: bool) -> None:
+    """With commands in the place of Slurm's that note what they are told: srun ends with ``status`` once scancel lets it."""
+    srun = f"kill -USR1 $PPID; until grep -q scancel calls; do sleep 0.1; done; exit {status}"
+    for name, does in {"srun": srun, "scontrol": "true", "scancel": "true"}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\necho {name} $1 ${{@: -1}} >> calls\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "docs" / "launch" / "slurm.sbatch"], cwd=tmp_path, env=os.environ | slurm, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "scancel --signal=TERM 7" in calls
+    assert ("scontrol requeue 7" in calls) == is_requeued == (done.returncode != 0)
 
 
 @pytest.mark.parametrize("page", **PAGE_IDS)

@@ -156,6 +156,15 @@ def test_three_processes_with_pieces_of_the_weights_train_as_one(alone: Run, fsd
     assert_same_training(alone.path / phase, fsdp / phase / phase)
 
 
+def test_what_travels_in_a_step_of_pieces() -> None:
+    """Float32 weights under bf16 too: for both bootstrap passes (of a row that one process alone has), the forward pass and once for the
+    backward pass, whether it computes activations again or not; then the gradients. docs/scale.md plans with these 20 bytes a parameter."""
+    words = next(line for line in torchrun(2, Path(__file__).with_name("ranks_traffic.py")).splitlines() if line.startswith("traffic "))
+    plain, again, bootstrap, bootstrap_again = json.loads(words.removeprefix("traffic "))
+    assert plain == again == pytest.approx([8, 4], rel=0.05)
+    assert bootstrap == bootstrap_again == pytest.approx([16, 4], rel=0.05)
+
+
 def test_an_export_is_one_file_that_loads_as_any(alone: Run, fsdp: Path) -> None:
     agent, info = load_agent(fsdp / "phase2" / "phase2")
     expected, _ = load_agent(alone.path / "phase2")

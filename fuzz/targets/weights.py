@@ -146,7 +146,7 @@ def _with_info(name: str, layout: dict[str, Any], payload: bytes) -> Callable[[b
 
 def _read_pieces(folder: Path) -> Any:
     """As training that resumes does: room of the shapes that are told, then what is in it."""
-    targets = {name: torch.full(shape, torch.nan) for name, shape in saved_shapes(folder, (PREFIX,)).items()}
+    targets = {name: torch.zeros_like(t, device="cpu") for name, t in saved_shapes(folder, (PREFIX,)).items()}
     read_pieces(folder, targets)
     return targets
 

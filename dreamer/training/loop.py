@@ -29,6 +29,7 @@ from dreamer.training.checkpoint import (
 )
 from dreamer.training.distributed import Parallel, whole
 from dreamer.training.logging import RunLogger, SilentLogger
+from dreamer.training.models_io import settings_difference
 from dreamer.training.optim import (
     OptimConfig,
     learning_rate_scale,
@@ -391,16 +392,7 @@ class Trainer:
         return best if best["step"] in dict(list_checkpoints(self.run_dir)) else None
 
 
-def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path, prefix: str = "") -> None:
+def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
     """``ValueError`` naming the first setting that differs between a checkpoint and this run."""
-    for key in sorted(saved.keys() | now.keys()):
-        old, new = saved.get(key), now.get(key)
-        if key in HARMLESS:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            check_same_settings(old, new, where, f"{prefix}{key}.")
-        elif old != new:
-            raise ValueError(
-                f"{where}: was trained with {prefix}{key}={old!r}, this config says {new!r}; "
-                "use the same setting to resume, or another run_dir to start anew"
-            )
+    if difference := settings_difference(saved, now, ignored=HARMLESS):
+        raise ValueError(f"{where}: was trained with {difference}; use the same setting to resume, or another run_dir to start anew")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -173,12 +173,12 @@ def _damaged(checkpoint: Path, error: Exception) -> ValueError:
     return ValueError(f"{checkpoint / 'model.json'}: does not describe a model ({what}); use an earlier checkpoint")
 
 
-def settings_difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """The first setting that differs, in words; empty if none does."""
-    for key in sorted(saved.keys() | now.keys()):
+def settings_difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "", ignored: Collection[str] = ()) -> str:
+    """The first setting that differs, in words; empty if none does. ``ignored``: names that may differ, in any section."""
+    for key in sorted((saved.keys() | now.keys()) - set(ignored)):
         old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            if found := settings_difference(old, new, f"{prefix}{key}."):
+            if found := settings_difference(old, new, f"{prefix}{key}.", ignored):
                 return found
         elif old != new:
             return f"{prefix}{key}={old!r}, this config says {new!r}"

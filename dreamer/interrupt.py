@@ -64,7 +64,7 @@ class Stop:
         left = self._since + self._patience - time.monotonic()
         if left <= 0:
             raise Interrupted(self.signum)
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again: what is raised in a finaliser or a callback of C is lost
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from av.error import FFmpegError
+
+_log = logging.getLogger(__name__)
 
 MAX_JSON_BYTES = 16 << 20  # a file, or a line of one
 
@@ -50,6 +54,35 @@ def atomic_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
         raise
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path``, an empty file that stays, until the block or the process ends, however that ends.
+
+    Raises ``ValueError`` if another process holds it. Warns where the file system knows no locks. In a folder that cannot be written to
+    there is nothing to guard.
+    """
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(
+            f"{path.parent}: another process is at work here (it holds {path.name}); let it end, stop it, or use another folder"
+        ) from None
+    except OSError as error:
+        _log.warning("%s: no lock here (%s): see to it that no other process works in this folder", path.parent, error.strerror)
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def fsync_path(path: Path) -> None:

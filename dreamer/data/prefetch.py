@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 _END = object()
+PATIENCE = 2.0  # seconds to wait for a thread whose item, such as a long video, is not wanted any more
 
 
 def map_ahead(make: Callable[[int], T], start: int, *, num_threads: int, depth: int) -> Generator[T, None, None]:
@@ -42,7 +44,8 @@ class Prefetcher(Generic[T]):
     """Iterates over ``source`` in a thread, at most ``depth`` items ahead.
 
     An exception in the thread is raised in the consumer, in its turn. ``close`` (also by ``with``, or when the consumer drops
-    the iterator) stops the thread. A thread, not processes: copies between processes cost more than making a batch.
+    the iterator) stops the thread after the item that it is at. A thread, not processes: copies between processes cost more than making
+    a batch.
     """
 
     def __init__(self, source: Iterator[T], depth: int = 2) -> None:
@@ -73,9 +76,11 @@ class Prefetcher(Generic[T]):
         return item  # pyright: ignore[reportReturnType]
 
     def close(self) -> None:
-        """Stop the thread and wait until it has ended."""
+        """Stop the thread, and wait until it has ended or for ``PATIENCE`` seconds: an item that takes longer holds up no exit. That
+        thread then ends by itself after the item, which is dropped."""
         self._stop.set()
-        while self._thread.is_alive():
+        given_up = time.monotonic() + PATIENCE
+        while self._thread.is_alive() and time.monotonic() < given_up:
             try:  # it may wait for room in the queue
                 self._queue.get_nowait()
             except queue.Empty:

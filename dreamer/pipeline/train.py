@@ -6,6 +6,8 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreamer.data import LatentStore, PretokenizedDataset, batches, frame_batches
+from dreamer.data.files import locked
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.evaluation.open_loop import draw_windows
 from dreamer.imagination import Sampler
@@ -31,6 +34,7 @@ from dreamer.training.phase2 import Phase2, Phase2Config, relevant_episodes
 from dreamer.training.phase3 import Phase3
 from dreamer.types import Batch, Config, Tokenizer
 
+LOCK = ".lock"  # in a training's folder, held by the process that trains
 NUM_VAL_FRAMES = 128
 CLIPS_AT_ONCE = 8  # through Cosmos, while its projection is fitted
 NUM_DREAMS = 4  # windows that are dreamed in a validation
@@ -80,7 +84,8 @@ def _train_cosmos(run: Run) -> bool:
         run.begin()
         if run.ranks.is_main:
             made = info | run.made_with()
-            save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=made, train_tensors={}, state=state)
+            with _alone(path, Parallel()):
+                save_checkpoint(path, 0, model_tensors=tokenizer.state_dict(), model_info=made, train_tensors={}, state=state)
         return True
     phase = Phase0Cosmos(tokenizer, config, make_perceptual(config, run.device))
     held_out = data.held_out()
@@ -350,9 +355,19 @@ def _train(
     hook: validation.Hook,
 ) -> bool:
     parallel, made = Parallel(run.ranks, run.config.parallel.strategy), info | run.made_with()
-    trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=made, parallel=parallel)
-    if trainer.is_finished:
-        return False
-    run.begin()
-    trainer.run(stream, hook)
+    with _alone(run.path / name, parallel):  # from the start: resuming sets damaged checkpoints aside
+        trainer = Trainer(phase, config, run.path / name, seed=run.config.seed, settings=settings, model_info=made, parallel=parallel)
+        if trainer.is_finished:
+            return False
+        run.begin()
+        trainer.run(stream, hook)
     return True
+
+
+@contextmanager
+def _alone(folder: Path, parallel: Parallel) -> Iterator[None]:
+    """No other training in ``folder``, where each would remove what the other writes. Raises ``ValueError`` if there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        parallel.main_does(lambda: held.enter_context(locked(folder / LOCK)))
+        yield

@@ -116,7 +116,7 @@ def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
     except OtherFormat:
         raise
     except ValueError as error:
-        return str(error)
+        return _unreadable(checkpoint / MANIFEST, error.__cause__) if isinstance(error.__cause__, OSError) else str(error)
     stamps = []
     for name, entry in manifest["files"].items():
         file = checkpoint / name

@@ -242,8 +242,8 @@ class Trainer:
         """Forward, backward, clip, check, step, average: one optimiser step."""
         config, phase = self.config, self.phase
         phase.train()
-        total = 0.0
-        metrics: dict[str, Any] = {}
+        total, metrics = 0.0, {}
+        buffers = {name: buffer.clone() for name, buffer in phase.named_buffers()}  # the scales of the losses take in what they see
         for micro, batch in enumerate(batches):
             key = (self.seed, self.run_dir.name, self.step, micro)
             generator = step_generator(self.device, *key)
@@ -260,6 +260,9 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
             self._update_average()
+        else:
+            for name, buffer in phase.named_buffers():
+                buffer.copy_(buffers[name])
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return metrics | {"loss": total, "grad_norm": float(norm), "learning_rate_scale": scale, "skipped_steps": self.num_skipped}

@@ -57,6 +57,29 @@ def test_closing_ends_the_thread_and_the_source():
         next(stream)
 
 
+def test_closing_waits_for_no_long_item_and_the_thread_ends_after_it(monkeypatch):
+    monkeypatch.setattr("dreamer.data.prefetch.PATIENCE", 0.1)
+    closed, begun, may_end = [], threading.Event(), threading.Event()
+
+    def source():
+        try:
+            yield 0
+            begun.set()
+            may_end.wait(30)
+            yield 1
+        finally:
+            closed.append(True)
+
+    with Prefetcher(source(), 2) as stream:
+        assert next(stream) == 0 and begun.wait(30)
+    (thread,) = threads()  # at item 1
+    with pytest.raises(StopIteration):
+        next(stream)
+    may_end.set()
+    thread.join(30)
+    assert not thread.is_alive() and closed == [True]
+
+
 def test_dropping_ends_the_thread():
     closed: list[bool] = []
     stream = Prefetcher(count(closed), 2)

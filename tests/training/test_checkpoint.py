@@ -243,18 +243,20 @@ def test_without_a_manifest_it_may_be_an_old_one(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("call", ["stat", "open"])
-def test_what_the_disk_cannot_read_is_damage_and_other_faults_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+@pytest.mark.parametrize(("name", "call"), [("model.safetensors", "stat"), ("model.safetensors", "open"), ("manifest.json", "open")])
+def test_what_the_disk_cannot_read_is_damage_and_other_faults_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
     good, bad = save(tmp_path, 5), save(tmp_path, 10)
     real, number = getattr(Path, call), errno.EIO
 
     def fails(path: Path, *args: Any, **options: Any) -> Any:
-        if path == bad / "model.safetensors":
+        if path == bad / name:
             raise OSError(number, os.strerror(number), str(path))
         return real(path, *args, **options)
 
     monkeypatch.setattr(Path, call, fails)
-    assert checkpoint.find_damage(bad) == f"{bad / 'model.safetensors'}: cannot be read ({os.strerror(errno.EIO)})"
+    assert checkpoint.find_damage(bad) == f"{bad / name}: cannot be read ({os.strerror(errno.EIO)})"
     assert newest_checkpoint(tmp_path) == (5, good)
     number = errno.EACCES
     with pytest.raises(PermissionError):

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dreamer.cli import main
+from dreamer.data.files import locked
+from dreamer.losses import LossNormalizer
 from dreamer.pipeline import STAGES, Run
+from dreamer.pipeline.train import LOCK
 from dreamer.training import checkpoint
 from dreamer.training.checkpoint import newest_checkpoint
 from dreamer.training.logging import RunLogger
@@ -60,9 +63,10 @@ class Wide(Phase):
         torch.manual_seed(0)
         self.model = nn.Linear(250, 100)
         self.bad_loss, self.bad_gradient = bad_loss, bad_gradient
+        self.normalizer = LossNormalizer(("square",))
 
     def forward(self, batch: Rows, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = self.model(torch.randn(2, 250, generator=generator)).square().mean()
+        loss = self.normalizer("square", self.model(torch.randn(2, 250, generator=generator)).square().mean())
         if step in self.bad_loss:
             loss = loss * float("inf")
         if step in self.bad_gradient:
@@ -198,6 +202,44 @@ def test_the_command_ends_with_one_line(
     assert main(command) == 0 and STAGES["tokenizer"](run) is False
 
 
+def test_two_trainings_in_one_folder_do_not_meet(tmp_path: Path, make_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    run.save_config()
+    command, folder = ["train", "tokenizer", "--config", str(run.config_path)], run.path / "tokenizer"
+    half = folder / "checkpoints" / ".writing_step_00000002_1"  # what the other is writing
+    half.mkdir(parents=True)
+    words = "import pathlib, sys; from dreamer.data.files import locked\nwith locked(pathlib.Path(sys.argv[1])): print('held'); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-u", "-c", words, str(folder / LOCK)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert main(command) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"dreamer: error: {folder}: another process is at work here") and line.endswith("or use another folder")
+        assert half.is_dir() and newest_checkpoint(folder) is None
+    finally:
+        other.kill()  # as a machine that fails: nothing is left locked
+        other.communicate()
+    assert main(command) == 0 and not half.exists() and newest_checkpoint(folder) is not None
+    assert main(command) == 0  # let go at the end
+
+
+def test_a_file_system_without_locks_is_told_of_and_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fails)
+    with locked(tmp_path / LOCK):
+        assert f"{tmp_path}: no lock here (No locks available)" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["bad_loss", "bad_gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(tmp_path: Path, kind: str) -> None:
     made = trainer(tmp_path, Wide(**{kind: (3,)}))
@@ -205,7 +247,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_and_changes_nothing(tm
     for _ in range(5):
         metrics = made.train_step([Rows()])
         made.step += 1
-        tensors = {**made.parameters, **{f"ema.{n}": t for n, t in made.ema.items()}, **optimizer_tensors(made.optimizers)}
+        tensors = {**made.phase.state_dict(), **{f"ema.{n}": t for n, t in made.ema.items()}, **optimizer_tensors(made.optimizers)}
         states.append(({name: t.detach().clone() for name, t in tensors.items()}, metrics["skipped_steps"]))
     same = [all(torch.equal(one[0][name], other[0][name]) for name in one[0]) for one, other in zip(states, states[1:], strict=False)]
     assert same == [False, False, True, False] and [skipped for _, skipped in states] == [0, 0, 0, 1, 1]

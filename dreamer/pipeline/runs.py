@@ -117,6 +117,8 @@ def _reached(run: Run) -> dict[str, str]:
             step, checkpoint = checkpoints[-1]
             planned = run.config.tokenizer_steps if phase == "tokenizer" else planned_steps(checkpoint, phase)
             found[phase] = str(step) if step >= planned else f"{step} of {planned}"
+        elif (run.path / phase / "metrics.jsonl").is_file():
+            found[phase] = "begun"  # without a checkpoint so far
     if result := world_model_result(run):
         found |= {f"above {name}": f"{gap.value:+.1f} dB" for name, gap in result.psnr_gaps.items() if name == SHUFFLED_ACTIONS}
     for row in agent_rows(run):

@@ -15,7 +15,7 @@ def key_figures(run: Run) -> list[str]:
         if result := world_model_result(run, key):
             lines.append(f"world model, {result.horizon} frames open loop on {result.num_episodes} {kind} episodes")
             for name, score in result.scores.items():
-                gap = f", true actions {_interval(result.psnr_gaps[name], 1)} dB better" if name in result.psnr_gaps else ""
+                gap = f", {_interval(result.psnr_gaps[name], 1)} dB below the true actions" if name in result.psnr_gaps else ""
                 lines.append(f"  {name:<24} PSNR {_interval(score.psnr, 1)} dB, SSIM {score.ssim.value:.3f}{gap}")
         if latents := latent_result(run, key):
             lines.append(f"world model, {latents.horizon} latent steps open loop on {latents.num_episodes} {kind} episodes")

@@ -55,13 +55,13 @@ def test_what_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_fullest_run_says_the_order_of_the_columns(tmp_path: Path) -> None:
-    make_run(tmp_path / "a")  # not trained yet
+    make_run(tmp_path / "a")  # has no checkpoint yet
     checkpoint(make_run(tmp_path / "b"), "phase1", 100, 100)
     told = json.loads((tmp_path / "a" / "evaluation" / "run.json").read_text())
     write_json(tmp_path / "a" / "evaluation" / "run.json", told | {"revisions": [None, "abcdefgh"], "stages": {}})
     comparison = compare([tmp_path])
     assert comparison.titles == ["seed", "phase1", "time", "device", "revision"]
-    assert comparison.entries[0].columns == {"seed": "0", "device": "2 cores", "revision": "abcdefg"}
+    assert comparison.entries[0].columns == {"seed": "0", "phase1": "begun", "device": "2 cores", "revision": "abcdefg"}
 
 
 def test_a_damaged_run_is_listed_with_its_problem(tmp_path: Path) -> None:

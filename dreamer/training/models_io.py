@@ -169,8 +169,8 @@ def _read_info(checkpoint: Path, kind: str) -> dict[str, Any]:
 
 
 def _damaged(checkpoint: Path, error: Exception) -> ValueError:
-    what = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else repr(error)
-    return ValueError(f"{checkpoint / 'model.json'}: does not describe a model ({what}); use an earlier checkpoint")
+    what = error.errors()[0]["msg"] if isinstance(error, pydantic.ValidationError) else f"{type(error).__name__}: {error}"
+    return ValueError(f"{checkpoint / 'model.json'}: does not describe a model ({what.splitlines()[0][:300]}); use an earlier checkpoint")
 
 
 def settings_difference(saved: dict[str, Any], now: dict[str, Any], prefix: str = "", ignored: Collection[str] = ()) -> str:

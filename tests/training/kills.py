@@ -48,6 +48,9 @@ KINDS = ("step", "episode", "validation", "resume", "checkpoint", "metrics", "fi
 AUDITED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
 
 
+PROMISED_SECONDS = 20  # from a signal to the end
+
+
 class Moment(NamedTuple):
     """When a signal comes: at the n-th moment of a kind, or ("time") after so many seconds."""
 
@@ -308,6 +311,10 @@ def signal_all(base: Path) -> dict[str, Any]:
         began = time.monotonic()
         code, _, said = attempt(path, lambda command=command: cli.main(command), moment)
         seconds = time.monotonic() - began
+        if seconds > PROMISED_SECONDS:
+            problems.append(f"{name}: ended after {seconds:.0f} seconds; promised {PROMISED_SECONDS}")
+        if seconds > PROMISED_SECONDS:
+            problems.append(f"{name}: ended after {seconds:.0f} seconds; promised {PROMISED_SECONDS}")
         folders = ["tokenizer", "latents", "phase1", "phase3"] if stage == "demo" else [STAGE_FOLDERS[stage]]
         found = checkpoint.newest_checkpoint(path / folders[0])
         results[name] = {"code": code, "seconds": round(seconds, 1), "said": said, "newest": found[1].name if found else None}

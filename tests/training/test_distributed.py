@@ -56,7 +56,7 @@ TRAIN["optim"] = {"warmup_steps": 1, "learning_rate": 1e-3}  # AdamW; Muon compu
 def settings() -> dict[str, Any]:
     return {
         "phase0": {"train": TRAIN},
-        "phase1": {"train": TRAIN},
+        "phase1": {"train": TRAIN | {"accumulate": 2}},
         "phase2": {"train": TRAIN, "relevant": {"fraction": 0.4}},
         "phase3": {"train": TRAIN},
         "bc_long": {"extra_steps": 3},

@@ -21,6 +21,7 @@ import yaml
 from dreamer.config import DreamerConfig
 from dreamer.types import Config
 from dreamer.yaml_config import config_keys, config_text, load_config
+from fuzz.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 BOUNDS = {"Ge": "at least", "Gt": "above", "Le": "at most", "Lt": "below"}  # pydantic's names
@@ -105,10 +106,22 @@ def scale_tables() -> str:
     return "\n\n".join(scale[name](scale["Rates"]()) for name in ("rates_table", "plan_table", "days_table"))
 
 
+def fuzzing_table() -> str:
+    rows = ["| target | seconds | of the processor | executions | edges | findings |", "|---|---|---|---|---|---|"]
+    for target in TARGETS:
+        run = json.loads((ROOT / "results" / "fuzz" / f"{target}.json").read_text())
+        cpu = f"{run['cpu_seconds']:.0f}" if run["cpu_seconds"] is not None else "not taken"
+        executions = f"{run['executions']:,}".replace(",", " ")
+        findings = ", ".join(f"`{finding['key']}`" for finding in run["findings"]) or "none"
+        rows.append(f"| `{target}` | {run['seconds']:.0f} | {cpu} | {executions} | {run['edges']} | {findings} |")
+    return "\n".join(rows)
+
+
 GENERATED: dict[tuple[str, str], Callable[[], str]] = {
     ("configuration.md", "keys"): settings_table,
     ("architecture.md", "files"): files_table,
     ("scale.md", "scale"): scale_tables,
+    ("fuzzing.md", "fuzzing"): fuzzing_table,
 }
 
 

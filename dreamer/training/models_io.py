@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -158,7 +159,14 @@ def _largest(value: Any, name: str | None = None) -> int:
         return max((_largest(v, name) for k, v in value.items() if name is None or k == name or isinstance(v, dict)), default=0)
     if isinstance(value, list):
         return max((_largest(v, name) for v in value), default=0)
-    return value if type(value) is int else 0
+    if type(value) is int:
+        return value
+    try:
+        return int(float(value))  # 5.0 and "5" are sizes as well, where the config says int
+    except OverflowError:
+        return sys.maxsize
+    except (TypeError, ValueError):
+        return 0
 
 
 def _read_info(checkpoint: Path, kind: str) -> dict[str, Any]:

@@ -114,11 +114,16 @@ def test_the_fingerprint_is_of_the_weights(make_run: Callable[..., Run], tmp_pat
     [
         (("dynamics", "transformer", "width"), 1 << 22),
         (("dynamics", "transformer", "num_layers"), 10**9),
+        (("dynamics", "transformer", "num_layers"), 5e15),
+        (("dynamics", "transformer", "num_layers"), "5_000_000_000"),
+        (("dynamics", "transformer", "num_layers"), "9" * 400),
+        (("dynamics", "transformer", "width"), float(1 << 22)),
+        (("dynamics", "transformer", "width"), str(1 << 22)),
         (("heads", "hidden"), 10**9),
         (("heads", "num_bins"), 10**9 + 1),
     ],
 )
-def test_sizes_that_the_weights_do_not_have_ask_for_no_memory(agent: Agent, tmp_path: Path, place: tuple[str, ...], value: int) -> None:
+def test_sizes_that_the_weights_do_not_have_ask_for_no_memory(agent: Agent, tmp_path: Path, place: tuple[str, ...], value: Any) -> None:
     """A model.json of a few hundred bytes could ask for terabytes, or for ever."""
     info = agent_info(agent, tokenizer_fingerprint="abc", phase="phase2")
     section = info["config"]

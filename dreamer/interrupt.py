@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 12.0  # seconds after which a step that has not ended is given up: what was saved before it stays
+AGAIN = 1.0  # seconds
 ECHO = 0.5  # seconds in which another signal is the same one: Ctrl-C reaches a process from the terminal and from its parent
 ECHO_OF_SEVERAL = 20.0  # where several processes train: schedulers signal them one by one, and torchrun passes its own on to all
 
@@ -55,16 +57,21 @@ class Stop:
             self._arm()
             yield
         finally:
-            self._patience = None
+            self._disarm()
 
     def _arm(self) -> None:
-        """End the breakable block, now or by an alarm."""
+        """End the breakable block, now or by an alarm; again each second, as what is raised in a finaliser or a callback of C is lost."""
         if self.signum is None or self._patience is None:
             return
         left = self._since + self._patience - time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, left if left > 0 else AGAIN, AGAIN)
         if left <= 0:
             raise Interrupted(self.signum)
-        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again: what is raised in a finaliser or a callback of C is lost
+
+    def _disarm(self) -> None:
+        if self._patience is not None:
+            self._patience = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is None:
@@ -74,10 +81,12 @@ class Stop:
         elif time.monotonic() - self._since > self._echo:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
+            self._disarm()
             raise Interrupted(self.signum, is_final=True)
 
     def on_alarm(self, signum: int, frame: FrameType | None) -> None:
-        self._arm()
+        if not isinstance(sys.exc_info()[1], Interrupted):  # else it has arrived, and what cleans up after it is at work
+            self._arm()
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,7 @@ from av.error import FFmpegError
 
 _log = logging.getLogger(__name__)
 
+LOCK = ".lock"
 MAX_JSON_BYTES = 16 << 20  # a file, or a line of one
 
 # What a recording itself can cause: a file that is missing, of another kind or badly named, and places beyond its end.
@@ -56,18 +57,29 @@ def atomic_file(path: Path, *, is_new: bool = False) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def _open_lock(path: Path) -> int | None:
+    """A descriptor; None where nobody could write into the folder, which has no lock either."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's
+    except FileNotFoundError:
+        return None
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold ``path``, an empty file that stays, until the block or the process ends, however that ends.
+def locked(folder: Path) -> Iterator[None]:
+    """Work in ``folder``, which is made, alone: ``.lock`` there, an empty file that stays, is held until the block or the process ends.
 
     Raises ``ValueError`` if another process holds it. Warns where the file system knows no locks. In a folder that cannot be written to
     there is nothing to guard.
     """
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _open_lock(folder / LOCK)
+    if file is None:
         yield
         return
     try:
@@ -75,10 +87,10 @@ def locked(path: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(file)
         raise ValueError(
-            f"{path.parent}: another process is at work here (it holds {path.name}); let it end, stop it, or use another folder"
+            f"{folder}: another process is at work here (it holds {LOCK}); let it end, stop it, or use another folder"
         ) from None
     except OSError as error:
-        _log.warning("%s: no lock here (%s): see to it that no other process works in this folder", path.parent, error.strerror)
+        _log.warning("%s: no lock here (%s): see to it that no other process works in this folder", folder, error.strerror)
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreamer.data.files import locked
 from dreamer.data.readers import make_reader
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
@@ -49,26 +50,27 @@ def import_recordings(
     reader = make_reader(reader_name, root, **options)
     recordings = reader.find(root)[:max_episodes]
     sources = [recording_name(recording, root) for recording in recordings]
-    known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
-    if before_adding and not known.issuperset(sources):
-        before_adding()
-    num_episodes = num_frames = num_known = 0
-    extra = reader_facts(reader_name, options)
-    writer = EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra)
-    with deferred("saving after this recording") as stop, writer:
-        for done, (recording, source) in enumerate(zip(recordings, sources, strict=True), 1):
-            if stop.is_wanted:
-                break
-            if source in known:
-                num_known += 1
-            else:
-                with stop.breakable(PATIENCE):
-                    episode = reader.read(recording)
-                writer.add(dataclasses.replace(episode, info={**episode.info, "source": source}))
-                num_episodes, num_frames = num_episodes + 1, num_frames + len(episode)
-            if progress:
-                progress(done, len(recordings))
-    return ImportReport(out, num_episodes, num_frames, num_known, skipped_by(reader))
+    with locked(out):
+        known = {i.get("source") for i in EpisodeStore(out).infos} if (out / STORE_FILE).exists() else set()
+        if before_adding and not known.issuperset(sources):
+            before_adding()
+        num_episodes = num_frames = num_known = 0
+        extra = reader_facts(reader_name, options)
+        writer = EpisodeWriter(out, reader.action_space, frames_per_second=reader.frames_per_second, extra=extra)
+        with deferred("saving after this recording") as stop, writer:
+            for done, (recording, source) in enumerate(zip(recordings, sources, strict=True), 1):
+                if stop.is_wanted:
+                    break
+                if source in known:
+                    num_known += 1
+                else:
+                    with stop.breakable(PATIENCE):
+                        episode = reader.read(recording)
+                    writer.add(dataclasses.replace(episode, info={**episode.info, "source": source}))
+                    num_episodes, num_frames = num_episodes + 1, num_frames + len(episode)
+                if progress:
+                    progress(done, len(recordings))
+        return ImportReport(out, num_episodes, num_frames, num_known, skipped_by(reader))
 
 
 def reader_facts(reader_name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +20,8 @@ def map_ahead(make: Callable[[int], T], start: int, *, num_threads: int, depth: 
     """``make(start)``, ``make(start + 1)``, ... without end and in this order, whatever the number of threads that make them.
 
     At most ``depth`` items wait beyond the one that was given last. An exception of ``make`` is raised in its turn. Closing the
-    generator, or dropping it, ends the threads. Raises ``ValueError`` for less than one thread, or a depth of less than one.
+    generator, or dropping it, ends the threads after the items that they are at, and waits ``PATIENCE`` seconds for that. Raises
+    ``ValueError`` for less than one thread, or a depth of less than one.
     """
     if num_threads < 1 or depth < 1:
         raise ValueError(f"{num_threads} threads, depth {depth}; expected at least 1 of each")
@@ -29,15 +30,34 @@ def map_ahead(make: Callable[[int], T], start: int, *, num_threads: int, depth: 
 
 def _map_ahead(make: Callable[[int], T], start: int, num_threads: int, depth: int) -> Generator[T, None, None]:
     ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="prefetch") as pool:
-        try:
-            for number in itertools.count(start):
-                ahead.append(pool.submit(make, number))
-                if len(ahead) > depth:
-                    yield ahead.popleft().result()
-        finally:
-            for item in ahead:
-                item.cancel()
+    tasks: queue.SimpleQueue[tuple[int, Future[T]] | None] = queue.SimpleQueue()
+    threads = [threading.Thread(target=_work, args=(make, tasks), name="prefetch", daemon=True) for _ in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in itertools.count(start):
+            ahead.append(Future())
+            tasks.put((number, ahead[-1]))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+    finally:
+        for item in ahead:
+            item.cancel()
+        for _ in threads:
+            tasks.put(None)
+        given_up = time.monotonic() + PATIENCE
+        for thread in threads:
+            thread.join(max(0.0, given_up - time.monotonic()))
+
+
+def _work(make: Callable[[int], T], tasks: queue.SimpleQueue[tuple[int, Future[T]] | None]) -> None:
+    while (task := tasks.get()) is not None:
+        number, item = task
+        if item.set_running_or_notify_cancel():
+            try:
+                item.set_result(make(number))
+            except BaseException as error:  # raised where the item is asked for
+                item.set_exception(error)
 
 
 class Prefetcher(Generic[T]):

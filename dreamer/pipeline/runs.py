@@ -106,7 +106,7 @@ def _entry(path: Path) -> Entry:
         config = load_config(DreamerConfig, path / "config.yaml")
         run = Run(config.model_copy(update={"run_dir": path, "device": "cpu", "threads": None}))  # only read: on any machine
         return Entry(path, _flat(config.model_dump(mode="json")), {"seed": str(config.seed), **_reached(run)})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         return Entry(path, {}, {}, " ".join(str(error).split()))
 
 

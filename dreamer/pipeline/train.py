@@ -34,7 +34,6 @@ from dreamer.training.phase2 import Phase2, Phase2Config, relevant_episodes
 from dreamer.training.phase3 import Phase3
 from dreamer.types import Batch, Config, Tokenizer
 
-LOCK = ".lock"  # in a training's folder, held by the process that trains
 NUM_VAL_FRAMES = 128
 CLIPS_AT_ONCE = 8  # through Cosmos, while its projection is fitted
 NUM_DREAMS = 4  # windows that are dreamed in a validation
@@ -367,7 +366,6 @@ def _train(
 @contextmanager
 def _alone(folder: Path, parallel: Parallel) -> Iterator[None]:
     """No other training in ``folder``, where each would remove what the other writes. Raises ``ValueError`` if there is one."""
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        parallel.main_does(lambda: held.enter_context(locked(folder / LOCK)))
+        parallel.main_does(lambda: held.enter_context(locked(folder)))
         yield

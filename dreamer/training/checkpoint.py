@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -115,20 +116,22 @@ def find_damage(checkpoint: Path, *, in_full: bool = True) -> str | None:
         manifest = read_manifest(checkpoint)
     except OtherFormat:
         raise
+    except OSError as error:
+        return _unreadable(checkpoint / MANIFEST, error)
     except ValueError as error:
         return _unreadable(checkpoint / MANIFEST, error.__cause__) if isinstance(error.__cause__, OSError) else str(error)
     stamps = []
     for name, entry in manifest["files"].items():
         file = checkpoint / name
         try:
-            stat = file.stat()
+            found = file.stat()
         except FileNotFoundError:
             return f"{file}: is missing"
         except OSError as error:
             return _unreadable(file, error)
-        if stat.st_size != entry["bytes"]:
-            return f"{file}: has {stat.st_size} bytes, expected {str(entry['bytes'])[:20]}"
-        stamps.append((name, entry["sha256"], stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        if found.st_size != entry["bytes"]:
+            return f"{file}: has {found.st_size} bytes, expected {str(entry['bytes'])[:20]}"
+        stamps.append((name, entry["sha256"], found.st_ino, found.st_size, found.st_mtime_ns))
     if not in_full or _sound.get(checkpoint.absolute()) == tuple(stamps):
         return None
     for name, entry in manifest["files"].items():
@@ -149,10 +152,18 @@ def _unreadable(file: Path, error: OSError) -> str:
     return f"{file}: cannot be read ({error.strerror})"
 
 
+def _is_file(path: Path) -> bool:
+    """As ``Path.is_file``, which takes every fault of the machine for a file that is missing."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """``manifest.json``: format, step, and bytes and sha256 of each file. Raises ``ValueError`` if it is missing or
     damaged, and ``OtherFormat`` if it is of a format that is not known here."""
-    if not os.path.isfile(checkpoint / MANIFEST):
+    if not _is_file(checkpoint / MANIFEST):
         raise ValueError(f"{checkpoint / MANIFEST}: is missing; this checkpoint was made before manifests existed, or it is damaged")
     manifest = read_json(checkpoint / MANIFEST, "it cannot say whether the others are whole")
     files, found = manifest.get("files"), manifest.get("format")
@@ -239,6 +250,7 @@ def save_checkpoint(
 def _begin(final: Path, num_bytes: int) -> Path:
     """An empty folder to write into, beside ``final``."""
     final.parent.mkdir(parents=True, exist_ok=True)
+    fsync_path(final.parent.parent)
     _require_room(final, num_bytes)
     _sweep(final.parent)
     temporary = final.with_name(f".writing_{final.name}_{os.getpid()}")

@@ -214,6 +214,9 @@ class Trainer:
         logger.advance(self.step)
         is_last = self.step == config.steps
         if validate is not None and (is_last or self.step % config.validate_every == 0):
+            if self._is_stopped(stop):  # the run that goes on makes it
+                self._unfinished = self._loggable(metrics)
+                return
             measured = self._validate(metrics, logger, validate, stop)
             metrics = metrics | measured
             is_best = self._is_best(measured)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dreamer.data.actions import ActionCodec, env_codec
 from dreamer.data.alignment import episode_from_transitions
+from dreamer.data.files import locked
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.store import EpisodeStore, EpisodeWriter
 from dreamer.envs import make_env, make_player
@@ -55,7 +56,7 @@ def record(
     extra = {"env": env_name, "env_options": env_options, "players": [list(share) for share in players], "seed": seed}
     fps = float(env.metadata.get("render_fps") or 10)
     writer = EpisodeWriter(out, codec.space, frames_per_second=fps, shard_episodes=shard_episodes, extra=extra)
-    with deferred("saving after this episode") as stop, closing(env), writer:
+    with locked(Path(out)), deferred("saving after this episode") as stop, closing(env), writer:
         num_done = EpisodeStore(out).num_episodes if (Path(out) / STORE_FILE).exists() else 0
         if before_adding is not None and num_done < num_episodes:
             before_adding()

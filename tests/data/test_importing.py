@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dreamer.data import EpisodeStore, import_recordings, make_reader
+from dreamer.data.files import locked
 from dreamer.ops.minecraft import MINERL
 
 
@@ -27,6 +28,13 @@ def test_import_then_import_more(tmp_path):
     assert store.lengths.tolist() == [5, 7, 4]
     assert (store.fps, store.extra) == (20.0, {"reader": "npy"})
     assert np.unique(store.frames(1)).tolist() == [7]
+
+
+def test_two_cannot_import_into_one_store(tmp_path):
+    write(tmp_path / "recordings" / "a")
+    with locked(tmp_path / "out"), pytest.raises(ValueError, match="out: another process is at work here"):
+        import_recordings(tmp_path / "recordings", tmp_path / "out", "npy")
+    assert import_recordings(tmp_path / "recordings", tmp_path / "out", "npy").num_episodes == 1
 
 
 def test_a_broken_recording_is_named_and_the_others_kept(tmp_path):

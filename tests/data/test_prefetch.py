@@ -80,6 +80,26 @@ def test_closing_waits_for_no_long_item_and_the_thread_ends_after_it(monkeypatch
     assert not thread.is_alive() and closed == [True]
 
 
+def test_closing_a_map_waits_for_no_long_item(monkeypatch):
+    monkeypatch.setattr("dreamer.data.prefetch.PATIENCE", 0.1)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def make(number: int) -> int:
+        if number:
+            begun.set()
+            may_end.wait(30)
+        return number
+
+    stream = map_ahead(make, 0, num_threads=1, depth=2)
+    assert next(stream) == 0 and begun.wait(30)
+    stream.close()
+    (thread,) = threads()
+    assert thread.daemon  # so that the process may end
+    may_end.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_dropping_ends_the_thread():
     closed: list[bool] = []
     stream = Prefetcher(count(closed), 2)

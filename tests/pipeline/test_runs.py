@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_a_damaged_run_is_listed_with_its_problem(tmp_path: Path) -> None:
     (bad / "config.yaml").write_text("seeed: 1\n")
     text = compare([tmp_path]).text()
     assert f"{bad}: " in text and "seeed" in text and str(good) in text
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad")
+    for run in (good, bad):
+        checkpoint(run, "phase1", 1, 1)
+    real = Path.open
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:  # the rights of files mean nothing to root
+        if bad in path.parents and path.name == "manifest.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", fails)
+    text = compare([tmp_path]).text()
+    assert f"{bad}: " in text and "Permission denied" in text and str(good) in text
 
 
 def test_seeds_of_one_kind_are_one_curve_with_a_band(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from dreamer.cli import main
 from dreamer.data.files import locked
 from dreamer.losses import LossNormalizer
 from dreamer.pipeline import STAGES, Run
-from dreamer.pipeline.train import LOCK
 from dreamer.training import checkpoint
 from dreamer.training.checkpoint import newest_checkpoint
 from dreamer.training.logging import RunLogger
@@ -210,7 +210,7 @@ def test_two_trainings_in_one_folder_do_not_meet(tmp_path: Path, make_run: Calla
     half.mkdir(parents=True)
     words = "import pathlib, sys; from dreamer.data.files import locked\nwith locked(pathlib.Path(sys.argv[1])): print('held'); input()"
     other = subprocess.Popen(
-        [sys.executable, "-u", "-c", words, str(folder / LOCK)],
+        [sys.executable, "-u", "-c", words, str(folder)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -229,6 +229,21 @@ def test_two_trainings_in_one_folder_do_not_meet(tmp_path: Path, make_run: Calla
     assert main(command) == 0  # let go at the end
 
 
+def test_another_users_lock_is_respected() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    with tempfile.TemporaryDirectory() as name:  # where others may go, unlike pytest's
+        os.chmod(name, 0o777)
+        with locked(Path(name)):
+            os.chmod(Path(name) / ".lock", 0o644)
+            os.seteuid(65534)
+            try:
+                with pytest.raises(ValueError, match="another process is at work here"), locked(Path(name)):
+                    pass
+            finally:
+                os.seteuid(0)
+
+
 def test_a_file_system_without_locks_is_told_of_and_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -236,7 +251,7 @@ def test_a_file_system_without_locks_is_told_of_and_works(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", fails)
-    with locked(tmp_path / LOCK):
+    with locked(tmp_path):
         assert f"{tmp_path}: no lock here (No locks available)" in caplog.text
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dreamer.data.files import locked
 from dreamer.data.store import EpisodeStore
 from dreamer.envs import make_env, make_player
 from dreamer.envs.seeding import episode_seed
@@ -77,6 +78,14 @@ def test_more_episodes_extend_a_store_and_fewer_change_nothing(tmp_path: Path) -
     run(tmp_path / "a", num_episodes=3)
     assert run(tmp_path / "a", num_episodes=10).fingerprint() == run(tmp_path / "b").fingerprint()
     assert run(tmp_path / "a", num_episodes=2).num_episodes == 10
+
+
+def test_two_cannot_record_into_one_store(tmp_path: Path) -> None:
+    """Both would begin with the same episode: each would be there twice, in training and held out."""
+    with locked(tmp_path / "store"), pytest.raises(ValueError, match="store: another process is at work here"):
+        run(tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".lock"]
+    assert len(run(tmp_path / "store")) == 10
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from dreamer.config import DreamerConfig
 from dreamer.data import LatentStore
 from dreamer.interrupt import ECHO_OF_SEVERAL, Interrupted, Stop
 from dreamer.pipeline import STAGES, Run
-from dreamer.training.checkpoint import list_checkpoints, newest_checkpoint
+from dreamer.training.checkpoint import list_checkpoints, newest_checkpoint, read_state
 from dreamer.training.distributed import Parallel, Ranks
 from dreamer.training.logging import SilentLogger
 from dreamer.training.loop import Trainer
@@ -254,10 +254,11 @@ def test_one_is_killed_and_another_number_of_processes_goes_on(
 def test_a_signal_to_one_makes_all_save_the_same_step(alone: Run, uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
     path = made_from(alone, tmp_path / "run", "tokenizer", "latents")
     words = ["train", "phase1", "--config", str(folder / "config.yaml"), f"run_dir={path}", *LONG, "phase1.train.checkpoint_every=12"]
-    done = signalled(signal.SIGTERM, 4, *words)
+    done = signalled(signal.SIGTERM, 4, *words, "phase1.train.validate_every=5")
     assert done.returncode != 0
     ((step, checkpoint),) = list_checkpoints(path / "phase1")
     assert (step, checkpoint.name) == (5, "interim_step_00000005"), done.stderr
+    assert "flow_loss" in read_state(checkpoint)["unfinished"]  # the validation of this step is left to the run that goes on
     assert done.stderr.count("dreamer: interrupted; run the same command again to go on") == 2  # not only the one that heard it
     assert main(words) == 0
     assert_same_training(uninterrupted / "phase1", path / "phase1")

@@ -26,12 +26,13 @@ from dreamer.training import validation
 from dreamer.training.checkpoint import checkpoint_path, newest_checkpoint, planned_steps, read_state, save_checkpoint
 from dreamer.training.distributed import Parallel
 from dreamer.training.lengths import SequenceConfig
-from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer, check_same_settings
+from dreamer.training.loop import Phase, Stream, TrainConfig, Trainer
 from dreamer.training.models_io import agent_info, load_tokenizer, tokenizer_info, weights_fingerprint
 from dreamer.training.phase0 import Phase0, Phase0Cosmos, make_perceptual
 from dreamer.training.phase1 import Phase1
 from dreamer.training.phase2 import Phase2, Phase2Config, relevant_episodes
 from dreamer.training.phase3 import Phase3
+from dreamer.training.resume_checks import check_same_settings
 from dreamer.types import Batch, Config, Tokenizer
 
 NUM_VAL_FRAMES = 128

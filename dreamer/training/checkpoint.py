@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from dreamer.data.files import MAX_JSON_BYTES, atomic_file, fsync_path
 from dreamer.training.distributed import Parallel
 from dreamer.training.sharded_state import write_pieces
+from dreamer.training.state_fields import state_fault
 
 FILES = ("model.safetensors", "model.json", "state.json")  # and the training state, in one file or in several
 STATE = "train_state.safetensors"
@@ -291,7 +292,7 @@ def tidy_checkpoints(run_dir: Path, *, keep_last: int, best: dict[str, Any] | No
     if best is None:
         if (folder / BEST).exists():  # to ask first: a read-only folder refuses the rest, even if there is nothing to do
             (folder / BEST).unlink()
-    elif not (folder / BEST).is_file() or (folder / BEST).read_text() != json.dumps(best):
+    elif not (folder / BEST).is_file() or (folder / BEST).read_bytes() != json.dumps(best).encode():
         with atomic_file(folder / BEST) as tmp:
             tmp.write_text(json.dumps(best))
     found = list_checkpoints(run_dir)
@@ -363,9 +364,8 @@ def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """``state.json`` of a checkpoint; ``ValueError`` naming the file and the remedy if it is damaged."""
     state = read_json(checkpoint / "state.json")
-    for key, kind in {"settings": dict, "seed": int, "num_skipped": int}.items():
-        if not isinstance(state.get(key), kind):
-            raise _damaged_state(checkpoint, f"{key} is {repr(state.get(key))[:80]}")
+    if fault := state_fault(state):
+        raise _damaged_state(checkpoint, fault)
     return state
 
 
@@ -401,7 +401,7 @@ def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor], wher
     for name in own.keys() | tensors.keys():
         if name not in tensors or name not in own:
             lacks = "lacks" if name not in tensors else "has the unknown"
-            raise ValueError(f"{where}: {lacks} weight {name!r}; this checkpoint belongs to another model")
+            raise ValueError(f"{where}: {lacks} weight {name[:200]!r}; this checkpoint belongs to another model")
         if own[name].shape != tensors[name].shape:
             raise ValueError(
                 f"{where}: weight {name!r} has shape {tuple(tensors[name].shape)}, the config makes {tuple(own[name].shape)}; "

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -235,8 +236,11 @@ def _truncate(path: Path, resume_step: int) -> None:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut off, or is empty
         try:
             step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a metrics row ({error!r}); repair the line or move the file away") from error
+            if type(step) is not int:
+                raise TypeError(f"step is {reprlib.repr(step)}, expected a whole number")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"{path}:{number}: not a metrics row ({what}); repair the line or move the file away") from error
         if 0 < resume_step >= step:
             kept.append(line + b"\n")
     data = b"".join(kept)

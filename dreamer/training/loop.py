@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,7 +20,6 @@ from dreamer.models.transformer import checkpoint_layers, compile_layers
 from dreamer.training.checkpoint import (
     STATE,
     checkpoint_path,
-    list_checkpoints,
     load_weights,
     newest_checkpoint,
     read_state,
@@ -29,7 +29,6 @@ from dreamer.training.checkpoint import (
 )
 from dreamer.training.distributed import Parallel, whole
 from dreamer.training.logging import RunLogger, SilentLogger
-from dreamer.training.models_io import settings_difference
 from dreamer.training.optim import (
     OptimConfig,
     learning_rate_scale,
@@ -38,15 +37,15 @@ from dreamer.training.optim import (
     optimizer_tensors,
     room_for_optimizer_tensors,
     set_learning_rate,
+    without_moments,
 )
+from dreamer.training.resume_checks import check_same_settings, check_train_state, known_best
 from dreamer.training.sharded_state import read_pieces, saved_shapes
 from dreamer.types import Config
 
 _log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
-# Settings that decide what is written and when, not how the weights come out: they may change when a run goes on.
-HARMLESS = {"log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing", "keep_last", "keep_best"}
 
 
 class BestConfig(Config):
@@ -93,6 +92,11 @@ class Phase(nn.Module):
 
     def carry(self, tensors: dict[str, Tensor]) -> None:
         """Take back what ``carried`` gave."""
+
+    def check_carried(self, tensors: dict[str, Tensor], step: int) -> None:
+        """``ValueError`` if ``carried`` cannot have given these after ``step`` steps. Rows are those of all processes together."""
+        if tensors:
+            raise ValueError(f"holds 'carried.{next(iter(tensors))[:200]}'; expected nothing that is carried, in this phase")
 
 
 @runtime_checkable
@@ -341,6 +345,7 @@ class Trainer:
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
         state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "bad_in_a_row": self._bad_in_a_row}
         state |= {"best": self.best, "unfinished": self._unfinished}
+        state |= {"without_moments": without_moments(self.optimizers, self.parameters)}
         path = save_checkpoint(
             self.run_dir,
             self.step,
@@ -363,7 +368,9 @@ class Trainer:
         step, path = found
         state = read_state(path)
         check_same_settings(state["settings"] | {"seed": state["seed"]}, self.settings | {"seed": self.seed}, path)
-        tensors = self._read_train_state(path)
+        check = partial(check_train_state, self, path, state, step)
+        tensors = self._read_train_state(path, check)
+        check(tensors)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -374,14 +381,17 @@ class Trainer:
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
         self.step, self.num_skipped, self._bad_in_a_row = step, state["num_skipped"], state.get("bad_in_a_row", 0)
         self._saved_step, self._resumed_from, self._unfinished = step, path, state.get("unfinished")
-        self.best = self.parallel.main_does(lambda: self._known_best(state))
+        self.best = self.parallel.main_does(lambda: known_best(self.run_dir, state, self.config.keep_best))
         self.parallel.main_does(lambda: tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best))
 
-    def _read_train_state(self, path: Path) -> dict[str, Tensor]:
-        """What ``save`` wrote, with this number of processes or another one, as it lies in this one."""
+    def _read_train_state(self, path: Path, check: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:
+        """What ``save`` wrote, with this number of processes or another one, as it lies in this one. ``check``: called before memory is
+        asked for, with tensors without content."""
         if self.parallel.strategy != "fsdp" and (path / STATE).is_file():
             return read_tensors(path / STATE)
-        saved = saved_shapes(path, ("phase.", "carried.", "ema.", "optimizer."))
+        exported = self.phase.model.state_dict().keys()  # in the same folder
+        saved = {name: t for name, t in saved_shapes(path, ("",)).items() if name not in exported}
+        check(saved)
         moments = {name.removeprefix("optimizer."): t for name, t in saved.items() if name.startswith("optimizer.")}
         own = {f"phase.{name}": torch.zeros_like(t) for name, t in self.phase.state_dict().items()}
         own |= {f"ema.{name}": torch.zeros_like(t) for name, t in self.ema.items()}
@@ -389,16 +399,3 @@ class Trainer:
         tensors = {name: own[name] if name in own else torch.zeros_like(t, device="cpu") for name, t in saved.items()}
         read_pieces(path, tensors)
         return tensors
-
-    def _known_best(self, state: dict[str, Any]) -> dict[str, Any] | None:
-        """The best that a checkpoint knows of, if it is still there and the same metric says so."""
-        best, wanted = state.get("best"), self.config.keep_best
-        if best is None or wanted is None or (best["metric"], best["better"]) != (wanted.metric, wanted.better):
-            return None
-        return best if best["step"] in dict(list_checkpoints(self.run_dir)) else None
-
-
-def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
-    """``ValueError`` naming the first setting that differs between a checkpoint and this run."""
-    if difference := settings_difference(saved, now, ignored=HARMLESS):
-        raise ValueError(f"{where}: was trained with {difference}; use the same setting to resume, or another run_dir to start anew")

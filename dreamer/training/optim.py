@@ -83,19 +83,42 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, torc
 
 def room_for_optimizer_tensors(optimizers: list[torch.optim.Optimizer], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors like these, as ``optimizer_tensors`` gives them. One of its parameter's shape is cut into pieces as it is."""
-    parameters: dict[str, torch.Tensor] = {
-        f"{i}.{index}": parameter.detach()
-        for i, optimizer in enumerate(optimizers)
-        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
-    }
+    parameters = _places(optimizers)
     room = {}
     for name, tensor in like.items():
         parameter = parameters.get(name.rpartition(".")[0])
         if parameter is not None and parameter.shape == tensor.shape:
-            room[name] = torch.zeros_like(parameter)
+            room[name] = torch.zeros_like(parameter.detach())
         else:
             room[name] = torch.zeros_like(tensor, device="cpu")
     return room
+
+
+def moments_of_each(optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, torch.Tensor]]:
+    """For each parameter, tensors like those that ``optimizer_tensors`` gives once it has had a gradient."""
+    names = {id(p): name for name, p in parameters.items()}
+    found = {}
+    for place, parameter in _places(optimizers).items():
+        if isinstance(optimizers[int(place.partition(".")[0])], torch.optim.Muon):
+            found[names[id(parameter)]] = {f"{place}.momentum_buffer": parameter}
+        else:
+            own = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            found[names[id(parameter)]] = {f"{place}.{key}": like for key, like in own.items()}
+    return found
+
+
+def without_moments(optimizers: list[torch.optim.Optimizer], parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that no step has given a gradient so far: a phase may leave some out, for a while or for ever."""
+    return [name for name, p in parameters.items() if not any(p in optimizer.state for optimizer in optimizers)]
+
+
+def _places(optimizers: list[torch.optim.Optimizer]) -> dict[str, nn.Parameter]:
+    """Each parameter by the optimiser's number and its own in there, as ``optimizer_tensors`` names them."""
+    return {
+        f"{i}.{index}": parameter
+        for i, optimizer in enumerate(optimizers)
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
 
 
 def load_optimizer_tensors(optimizers: list[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:

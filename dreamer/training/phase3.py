@@ -14,6 +14,7 @@ from dreamer.models.agent import Agent
 from dreamer.ops.returns import lambda_returns
 from dreamer.ops.shares import mean
 from dreamer.training.loop import Phase, TrainConfig
+from dreamer.training.resume_checks import kind_of
 from dreamer.types import Batch, Config, Trajectory
 
 
@@ -84,6 +85,30 @@ class Phase3(Phase):
 
     def carry(self, tensors: dict[str, Tensor]) -> None:
         self.trajectory = Trajectory(**tensors) if tensors else None
+
+    def check_carried(self, tensors: dict[str, Tensor], step: int) -> None:
+        if not tensors and step % self.config.updates_per_rollout == 0:
+            return  # the next step begins with another rollout
+        agent, horizon = self.model, self.config.rollout.horizon
+        dynamics = agent.dynamics
+        sides = {
+            "features": (horizon + 1, agent.config.dynamics.transformer.width),
+            "actions": (horizon, dynamics.actions_per_step, agent.action_space.num_columns),
+            "rewards": (horizon,),
+            "continues": (horizon,),
+            "latents": (horizon + 1, dynamics.token_grid[0] * dynamics.token_grid[1], dynamics.latent_channels),
+            "has_ended": (),
+        }
+        for name in [*sides, *tensors]:
+            if name not in tensors or name not in sides:
+                known = ", ".join(sides)
+                raise ValueError(f"{'lacks' if name in sides else 'holds'} 'carried.{name[:200]}'; expected the rollout's {known}")
+        num_rows = len(tensors["features"])
+        for name, tensor in tensors.items():
+            dtypes = (torch.bool,) if name == "has_ended" else (torch.float32, torch.bfloat16)  # the latter: within autocast
+            if tensor.dtype not in dtypes or tuple(tensor.shape) != (num_rows, *sides[name]) or num_rows == 0:
+                expected = torch.empty(num_rows or 1, *sides[name], dtype=dtypes[0], device="meta")
+                raise ValueError(f"'carried.{name}' is {kind_of(tensor)}; expected {kind_of(expected)}")
 
     def forward(self, batch: Batch, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         if self.trajectory is None or step % self.config.updates_per_rollout == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,8 +20,12 @@ from dreamer.models.cosmos_torchscript import read_torchscript_code, read_torchs
 from dreamer.models.cosmos_weights import build_network, check_compression, load_network, read_mean_std
 from dreamer.training.checkpoint import find_checkpoint, planned_steps, read_state, read_tensors, save_checkpoint
 from dreamer.training.distributed import Ranks
+from dreamer.training.logging import RunLogger
+from dreamer.training.loop import TrainConfig, Trainer
 from dreamer.training.models_io import agent_info, load_agent, load_tokenizer, tokenizer_info
+from dreamer.training.phase3 import ImaginationConfig, Phase3
 from dreamer.training.sharded_state import piece_name, read_pieces, saved_shapes
+from dreamer.types import Trajectory
 from fuzz import made
 from fuzz.contract import Target, Variant
 
@@ -56,15 +62,20 @@ def _checkpoints(folder: Path) -> None:
         torch.arange(2)  # imports PyTorch's compiler, which no input should
     sides = {"patch_size": 4, "token_grid": (1, 1), "latent_channels": 2, "encoder": SMALL, "decoder": SMALL}
     tokenizer = CausalTokenizer(CausalTokenizerConfig.model_validate(sides), (3, 8, 8))
-    dynamics = {"transformer": SMALL, "num_registers": 1, "max_steps": 4}
-    heads = {"hidden": 4, "num_distances": 1, "num_bins": 3, "bin_range": 3.0}
-    config = AgentConfig.model_validate({"dynamics": dynamics, "heads": heads})
-    agent = Agent(config, action_space=made.SPACE, token_grid=(1, 1), latent_channels=2, actions_per_step=1)
+    agent = _agent()
     about = {"t": (tokenizer, tokenizer_info(tokenizer)), "a": (agent, agent_info(agent, tokenizer_fingerprint="abc", phase="phase2"))}
     for name, (model, info) in about.items():
         state = {"settings": {"phase2": {"train": {"steps": 5}}}, "seed": 0, "num_skipped": 0}
         weights, train = dict(model.state_dict()), {"x": torch.zeros(2)}
         save_checkpoint(folder / name, 1, model_tensors=weights, model_info=info, train_tensors=train, state=state)
+    _training(folder)
+
+
+def _agent() -> Agent:
+    dynamics = {"transformer": SMALL, "num_registers": 1, "max_steps": 4}
+    heads = {"hidden": 4, "num_distances": 1, "num_bins": 3, "bin_range": 3.0}
+    config = AgentConfig.model_validate({"dynamics": dynamics, "heads": heads})
+    return Agent(config, action_space=made.SPACE, token_grid=(1, 1), latent_channels=2, actions_per_step=1)
 
 
 def _checkpoint_variants(folder: Path) -> Sequence[Variant]:
@@ -80,7 +91,7 @@ def _checkpoint_variants(folder: Path) -> Sequence[Variant]:
     found += tensors(f"{place}/train_state.safetensors", (at / "train_state.safetensors").read_bytes())
     manifest = (at / "manifest.json").read_bytes()
     bare = [Variant("manifest.json", whole(f"{place}/manifest.json"), [manifest]), values(f"{place}/manifest.json", manifest)]
-    return [Variant(variant.name, sealed(folder, variant.files), variant.seeds) for variant in found] + bare
+    return [Variant(variant.name, sealed(folder, variant.files), variant.seeds) for variant in found] + bare + _training_variants(folder)
 
 
 def sealed(folder: Path, files: Callable[[bytes], Mapping[str, bytes]]) -> Callable[[bytes], Mapping[str, bytes]]:
@@ -103,6 +114,61 @@ def _read_checkpoints(folder: Path) -> Any:
     at = find_checkpoint(folder / "a")
     state = read_state(at), planned_steps(at, "phase2"), read_tensors(at / "train_state.safetensors")
     return state, load_tokenizer(folder / "t"), load_agent(folder / "a")
+
+
+# ---- training that goes on
+
+
+class _Learning(Phase3):
+    """From a dream that nobody dreamed; with ``value_only_steps`` the policy has no moments yet."""
+
+    def forward(self, batch: Any, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        columns = made.SPACE.num_columns
+        shapes = {"features": (2, 3, 8), "actions": (2, 2, 1, columns), "rewards": (2, 2), "continues": (2, 2), "latents": (2, 3, 1, 2)}
+        dream = {name: torch.ones(shape) for name, shape in shapes.items()} | {"has_ended": torch.zeros(2, dtype=torch.bool)}
+        self.trajectory = Trajectory(**dream)
+        return self.score(self.trajectory, with_policy=step >= self.config.value_only_steps)
+
+
+class _Nothing:
+    def to(self, device: Any) -> _Nothing:
+        return self
+
+
+def _trainer(folder: Path) -> Trainer:
+    imagination = {"rollout": {"horizon": 2, "context": 1}, "value_only_steps": 2, "updates_per_rollout": 5}
+    train = {"steps": 9, "keep_best": {"metric": "val"}}
+    phase, config = _Learning(_agent(), ImaginationConfig.model_validate(imagination)), TrainConfig.model_validate(train)
+    return Trainer(phase, config, folder / "p", seed=0, settings={"phase3": {"train": train}}, model_info={})
+
+
+def _training(folder: Path) -> None:
+    trainer = _trainer(folder)
+    trainer.train_step([_Nothing()])
+    trainer.step, trainer.best = 1, {"step": 1, "metric": "val", "better": "lower", "value": 0.5}
+    trainer._unfinished = {"loss": 1.0}
+    trainer.save()
+    (folder / "p" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+
+def _training_variants(folder: Path) -> list[Variant]:
+    at = find_checkpoint(folder / "p")
+    place = str(at.relative_to(folder))
+    state, rows = (at / "state.json").read_bytes(), (folder / "p" / "metrics.jsonl").read_bytes()
+    best = (at.parent / "best.json").read_bytes()
+    found = [Variant("resume state.json", whole(f"{place}/state.json"), [state]), values(f"{place}/state.json", state)]
+    found += tensors(f"{place}/train_state.safetensors", (at / "train_state.safetensors").read_bytes())
+    found += [Variant("resume best.json", whole("p/checkpoints/best.json"), [best])]
+    found += [Variant("resume metrics.jsonl", whole("p/metrics.jsonl"), [rows])]
+    return [Variant(variant.name, sealed(folder, variant.files), variant.seeds, _resume) for variant in found]
+
+
+def _resume(folder: Path) -> Any:
+    """As training that goes on does, up to its first step."""
+    trainer = _trainer(folder)
+    console = Console(file=io.StringIO())
+    RunLogger(folder / "p", "p", total_steps=9, resume_step=trainer.step, tensorboard=False, console=console).close()
+    return trainer.step, trainer.best, trainer.ema
 
 
 # ---- training state in pieces

@@ -329,7 +329,7 @@ def test_the_state_says_how_long_a_phase_was_to_be_trained(tmp_path: Path) -> No
         (path / "state.json").write_text(json.dumps(state | {"settings": {"phase1": {"train": {"steps": strange}}}}))
         with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings\.phase1\.train\.steps is no number of steps\)"):
             planned_steps(path, "phase1")
-    with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings is None\)"):
+    with pytest.raises(ValueError, match=r"state\.json: is damaged \(settings is None, expected an object\)"):
         read_state(save(tmp_path, 6))
 
 

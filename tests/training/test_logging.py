@@ -78,6 +78,18 @@ def test_a_broken_line_in_the_middle_is_named_and_kept(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "row",
+    [b'{"step": "2"}', b'{"step": null}', b'{"step": 1.5}', b'{"step": NaN}', b'{"step": true}', b"[1]", b"[" * 100_000, b"\xff" * 5000],
+    ids=lambda row: str(row[:15]),
+)
+def test_a_row_of_no_step_is_named(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + row + b"\n")
+    with pytest.raises(ValueError, match="repair the line or move the file away") as caught:
+        quiet(tmp_path, resume_step=2)
+    assert str(caught.value).startswith(f"{tmp_path / 'metrics.jsonl'}:2: not a metrics row (") and len(str(caught.value)) < 500
+
+
 def test_resume_step_beyond_the_end_is_refused(tmp_path):
     with pytest.raises(ValueError, match="resume_step is 11"):
         quiet(tmp_path, resume_step=11)

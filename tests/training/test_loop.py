@@ -19,6 +19,7 @@ from dreamer.training import loop
 from dreamer.training.checkpoint import list_checkpoints
 from dreamer.training.loop import MAX_BAD_STEPS, Phase, TrainConfig, Trainer, TrainingDiverged
 from dreamer.training.optim import OptimConfig
+from dreamer.training.resume_checks import check_same_settings
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class ToyPhase(Phase):
         return {} if self.memory is None else {"memory": self.memory}
 
     def carry(self, tensors: dict[str, Tensor]) -> None:
-        self.memory = tensors.get("memory")
+        self.memory = tensors["memory"]
+
+    def check_carried(self, tensors: dict[str, Tensor], step: int) -> None:
+        if tensors.keys() != {"memory"}:
+            raise ValueError(f"'carried' holds {sorted(tensors)}; expected memory")
 
 
 def stream(start: int) -> Iterator[Toy]:
@@ -179,7 +184,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path, changes: dict[
 def test_what_does_not_decide_the_weights_may_change(tmp_path: Path) -> None:
     saved = {"toy": {"log_every": 1, "checkpoint_every": 5, "keep_last": 2, "keep_best": None}}
     now = {"log_every": 7, "checkpoint_every": 2, "keep_last": 3, "keep_best": {"metric": "val", "better": "lower"}}
-    loop.check_same_settings(saved, {"toy": now}, tmp_path)
+    check_same_settings(saved, {"toy": now}, tmp_path)
 
 
 def test_accumulating_equals_a_larger_batch(tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ STAGE_FOLDERS = {
     "phase2": "phase2",
     "phase3": "phase3",
     "bc_long": "bc_long",
+    "evaluate world-model": "evaluation",
+    "evaluate agent": "evaluation",
 }
+RESULTS = {"evaluate world-model": "world_model", "evaluate agent": "agent"}  # how the names of a stage's files begin in a shared folder
 KINDS = ("step", "episode", "validation", "resume", "checkpoint", "metrics", "file", "time")
 AUDITED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree"}
 
@@ -81,7 +84,7 @@ def settings(run_dir: Path) -> DreamerConfig:
         },
         "phase0": {"train": train | {"keep_best": {"metric": "val_psnr", "better": "higher"}}, "normalization_frames": 32},
         "phase1": {"train": train, "sequence_length": 5, "long_sequence_length": 8, "long_every": 3},
-        "phase2": {"train": train, "sequence_length": 5, "long_sequence_length": 8, "long_every": 2},
+        "phase2": {"train": train | {"accumulate": 2}, "sequence_length": 5, "long_sequence_length": 8, "long_every": 2},
         "phase3": {"train": train | {"checkpoint_every": 2}, "imagination": imagination},
         "bc_long": {"extra_steps": 7},
         "evaluation": {
@@ -200,9 +203,10 @@ class Whole(NamedTuple):
     seconds: dict[str, float]
 
 
-def contents(path: Path) -> dict[str, bytes]:
+def contents(path: Path, beginning: str) -> dict[str, bytes]:
     """All but what holds times; and but unfinished files, which nothing reads and the next hour removes."""
-    found = [p for p in path.rglob("*") if p.is_file() and "tensorboard" not in p.parts and not p.name.startswith(".")]
+    files = [p for p in path.rglob("*") if p.is_file() and p.name.startswith(beginning)]
+    found = [p for p in files if "tensorboard" not in p.parts and not p.name.startswith(".")]
     return {str(p.relative_to(path)): _of_any_revision(p) for p in found}
 
 
@@ -216,8 +220,11 @@ def _of_any_revision(file: Path) -> bytes:
     return json.dumps(told).encode()
 
 
-def differences(expected: Path, got: Path) -> list[str]:
-    one, other = contents(expected), contents(got)
+def differences(expected: Path, got: Path, stage: str) -> list[str]:
+    """The files of ``stage`` that are not the same in two runs."""
+    one, other = (contents(run / STAGE_FOLDERS[stage], RESULTS.get(stage, "")) for run in (expected, got))
+    if not one:
+        raise SystemExit(f"{stage}: made no files in {expected}")
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
@@ -239,7 +246,8 @@ def prepared(whole: Whole, path: Path, stage: str) -> Path:
     for earlier in STAGE_FOLDERS:
         if earlier == stage:
             break
-        (path / STAGE_FOLDERS[earlier]).symlink_to(whole.path / STAGE_FOLDERS[earlier])
+        if earlier not in RESULTS:
+            (path / STAGE_FOLDERS[earlier]).symlink_to(whole.path / STAGE_FOLDERS[earlier])
     save_config(settings(path), path / "config.yaml")
     return path
 
@@ -268,7 +276,7 @@ def killed(whole: Whole, path: Path, stage: str, rng: np.random.Generator, num_k
                 problems.append(f"{stage}: after {dict(kills)} ended with {code}: {said}")
                 return kills, problems
             is_done = code == 0
-        if found := differences(whole.path / STAGE_FOLDERS[stage], path / STAGE_FOLDERS[stage]):
+        if found := differences(whole.path, path, stage):
             problems.append(f"{stage}: after {dict(kills)} differs in {found}")
         if kills.total() >= num_kills or problems:
             return kills, problems
@@ -313,10 +321,8 @@ def signal_all(base: Path) -> dict[str, Any]:
         seconds = time.monotonic() - began
         if seconds > PROMISED_SECONDS:
             problems.append(f"{name}: ended after {seconds:.0f} seconds; promised {PROMISED_SECONDS}")
-        if seconds > PROMISED_SECONDS:
-            problems.append(f"{name}: ended after {seconds:.0f} seconds; promised {PROMISED_SECONDS}")
-        folders = ["tokenizer", "latents", "phase1", "phase3"] if stage == "demo" else [STAGE_FOLDERS[stage]]
-        found = checkpoint.newest_checkpoint(path / folders[0])
+        stages = list(STAGE_FOLDERS) if stage == "demo" else [stage]
+        found = checkpoint.newest_checkpoint(path / STAGE_FOLDERS["phase1" if stage == "demo" else stage])
         results[name] = {"code": code, "seconds": round(seconds, 1), "said": said, "newest": found[1].name if found else None}
         again, _, said = attempt(path, lambda command=command: cli.main(command), None)
         if code != expected or again:
@@ -326,7 +332,7 @@ def signal_all(base: Path) -> dict[str, Any]:
             if one.fingerprint() != other.fingerprint():
                 problems.append(f"{name}: the episodes differ")
         else:
-            problems += [f"{name}: differs in {found}" for each in folders if (found := differences(whole.path / each, path / each))]
+            problems += [f"{name}: differs in {found}" for each in stages if (found := differences(whole.path, path, each))]
     return {"scenarios": results, "problems": problems}
 
 

@@ -27,6 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dreamer.cli import main
 from dreamer.config import DreamerConfig
 from dreamer.data import LatentStore
+from dreamer.data.files import locked
 from dreamer.interrupt import ECHO_OF_SEVERAL, Interrupted, Stop
 from dreamer.pipeline import STAGES, Run
 from dreamer.training.checkpoint import list_checkpoints, newest_checkpoint, read_state
@@ -37,6 +38,7 @@ from dreamer.training.models_io import load_agent
 from dreamer.training.optim import OptimConfig, make_optimizers
 from dreamer.training.sharded_state import read_pieces, saved_shapes
 from dreamer.yaml_config import load_config, save_config
+from tests.training.ranks_worker import ACCUMULATE, bad_gradient, train
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("tokenizer", "phase1", "phase2", "bc_long", "phase3")
@@ -46,6 +48,8 @@ BEFORE = {
     "phase2": ("tokenizer", "latents", "phase1"),
     "bc_long": ("tokenizer", "latents", "phase2"),
     "phase3": ("tokenizer", "latents", "phase2"),
+    "skipped": ("tokenizer", "latents", "phase1"),
+    "taken": ("tokenizer", "latents"),
 }
 BATCH = 8  # rows, of which 2 bootstrap, so that of 3 processes one has none of these; every third batch has 5 long ones
 TOLERANCE = 1e-5
@@ -125,11 +129,14 @@ def assert_same_training(expected: Path, found: Path) -> None:
 
 
 def train_all(alone: Run, processes: int, path: Path, *settings: str) -> Path:
-    """Each phase in a run of its own, after the parts that one process made."""
+    """Each phase in a run of its own, after the parts that one process made, and what else ranks_worker.py tells of."""
     if not path.exists():
-        for phase in PHASES:
-            made_from(alone, path / phase, *BEFORE[phase])
-        torchrun(processes, Path(__file__).with_name("ranks_worker.py"), path.parent / "config.yaml", path, *PHASES, *settings)
+        for phase, parts in BEFORE.items():
+            made_from(alone, path / phase, *parts)
+        (path / "taken" / "phase1").mkdir()
+        with locked(path / "taken" / "phase1"):
+            said = torchrun(processes, Path(__file__).with_name("ranks_worker.py"), path.parent / "config.yaml", path, *PHASES, *settings)
+        (path / "said").write_text(said)
     return path
 
 
@@ -154,6 +161,50 @@ def test_two_processes_train_as_one(alone: Run, ddp: Path, phase: str) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_three_processes_with_pieces_of_the_weights_train_as_one(alone: Run, fsdp: Path, phase: str) -> None:
     assert_same_training(alone.path / phase, fsdp / phase / phase)
+
+
+@pytest.fixture
+def skipped(alone: Run, folder: Path) -> Path:
+    """Phase 2 in one process that has a bad gradient in one step."""
+    path = folder / "skipped"
+    if not path.exists():
+        made_from(alone, path, *BEFORE["skipped"])
+        with bad_gradient():
+            train(folder / "config.yaml", path, "phase2", [f"phase2.train.accumulate={ACCUMULATE}"])
+    return path / "phase2"
+
+
+def training_state(path: Path) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint, whether in pieces or not."""
+    checkpoint = list_checkpoints(path)[-1][1]
+    tensors = {name: torch.full(t.shape, torch.nan) for name, t in saved_shapes(checkpoint, ("phase.", "ema.", "optimizer.")).items()}
+    read_pieces(checkpoint, tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_bad_gradient_in_one_process_is_skipped_by_all(skipped: Path, strategy: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(strategy) / "skipped" / "phase2"
+    assert_same_training(skipped, path)
+    assert [row["skipped_steps"] for row in rows(path)] == [0, 1, 1]
+    assert ["grad_norm" in row for row in rows(path)] == [True, False, True]
+    expected, found = training_state(skipped), training_state(path)
+    assert expected.keys() == found.keys() and all(found[name].isfinite().all() for name in found)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, name=name: f"{name}: {text}")
+    assert (found["phase.normalizer.count"] == ACCUMULATE * (TRAIN["steps"] - 1)).all()
+    counters = [t for name, t in found.items() if name.startswith("optimizer.") and name.endswith("step")]
+    assert counters and all(t == TRAIN["steps"] - 1 for t in counters)
+
+
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp", 3)])
+def test_where_another_training_is_at_work_all_end(strategy: str, processes: int, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(strategy)
+    folder = path / "taken" / "phase1"
+    lines = [line for line in (path / "said").read_text().splitlines() if "another process is at work here" in line]
+    starts = [f"dreamer[{rank}]: error: {folder}: " for rank in range(processes)]
+    assert len(lines) == processes and all(line.startswith(start) for line, start in zip(sorted(lines), starts, strict=True)), lines
+    assert [file.name for file in folder.iterdir()] == [LOCK]
 
 
 def test_what_travels_in_a_step_of_pieces() -> None:
@@ -224,18 +275,20 @@ def uninterrupted(alone: Run, folder: Path) -> Path:
 
 
 @pytest.fixture
-def killed(alone: Run, folder: Path) -> Path:
-    """Two processes with pieces of the weights, one of which is killed after the first checkpoint."""
-    path = folder / "killed"
+def killed(alone: Run, folder: Path, killed_strategy: str) -> Path:
+    """Two processes, one of which is killed after the first checkpoint."""
+    path = folder / f"killed_{killed_strategy}"
     if not path.exists():
         made_from(alone, path, "tokenizer", "latents")
-        words = ("train", "phase1", "--config", folder / "config.yaml", f"run_dir={path}", *LONG, "parallel.strategy=fsdp")
+        words = ("train", "phase1", "--config", folder / "config.yaml", f"run_dir={path}", *LONG, f"parallel.strategy={killed_strategy}")
         assert signalled(signal.SIGKILL, 5, *words).returncode != 0
         assert 3 <= list_checkpoints(path / "phase1")[-1][0] < 12
     return path
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (3, "fsdp"), (2, "ddp")])
+@pytest.mark.parametrize(
+    ("killed_strategy", "processes", "strategy"), [("ddp", 1, "ddp"), ("fsdp", 1, "ddp"), ("fsdp", 3, "fsdp"), ("fsdp", 2, "ddp")]
+)
 def test_one_is_killed_and_another_number_of_processes_goes_on(
     uninterrupted: Path, killed: Path, folder: Path, tmp_path: Path, processes: int, strategy: str
 ) -> None:

@@ -25,9 +25,10 @@ def kills(*words: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_stages_that_are_killed_end_with_the_same_bytes() -> None:
-    result = kills("--kills", "14", "--seed", "1")
+    result = kills("--kills", "16", "--seed", "1")
     assert result["problems"] == []
-    assert result["kills"] == 14 and all(sum(found.values()) == 2 for found in result["stages"].values())
+    told = {stage: sum(found.values()) for stage, found in result["stages"].items()}
+    assert told.pop("evaluate world-model") == told.pop("evaluate agent") == 1 and set(told.values()) == {2} and result["kills"] == 16
     assert result["kinds"].keys() >= {"step", "validation", "resume", "checkpoint", "episode"}
 
 

@@ -9,7 +9,7 @@ another training is at work.
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def train_each(config: Path, folder: Path, words: list[str]) -> None:
         with bad_gradient():
             train(config, folder / "skipped", "phase2", [*settings, f"phase2.train.accumulate={ACCUMULATE}"])
         del os.environ["DREAMER_TRACEBACK"]
-        assert main(["train", "phase1", "--config", str(config), f"run_dir={folder / 'taken'}", *settings]) == 2
+        with (folder / "taken" / f"said_{os.environ['RANK']}").open("w") as said, redirect_stderr(said):
+            assert main(["train", "phase1", "--config", str(config), f"run_dir={folder / 'taken'}", *settings]) == 2
 
 
 if __name__ == "__main__":

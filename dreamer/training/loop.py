@@ -378,7 +378,8 @@ class Trainer:
         self.ema = {name: t.to(self.device) for name, t in part("ema.").items()}
         self.step, self.num_skipped, self._bad_in_a_row = step, state["num_skipped"], state.get("bad_in_a_row", 0)
         self._saved_step, self._resumed_from, self._unfinished = step, path, state.get("unfinished")
-        self.best = self.parallel.main_does(lambda: known_best(self.run_dir, state, self.config.keep_best))
+        keep = self.config.keep_best
+        self.best = self.parallel.main_does(lambda: known_best(self.run_dir, state, keep and (keep.metric, keep.better)))
         self.parallel.main_does(lambda: tidy_checkpoints(self.run_dir, keep_last=self.config.keep_last, best=self.best))
 
     def _read_train_state(self, path: Path, check: Callable[[dict[str, Tensor]], None]) -> dict[str, Tensor]:

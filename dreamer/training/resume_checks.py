@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from dreamer.training.checkpoint import STATE, list_checkpoints
 from dreamer.training.models_io import settings_difference
 from dreamer.training.optim import moments_of_each
 
-if TYPE_CHECKING:
-    from dreamer.training.loop import BestConfig, Trainer
-
 REMEDY = "remove the folder of this checkpoint to use an earlier one, or use another run_dir to start anew"
 # Settings that decide what is written and when, not how the weights come out: they may change when a run goes on.
 HARMLESS = {"log_every", "checkpoint_every", "validate_every", "compile", "activation_checkpointing", "keep_last", "keep_best"}
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What of a ``Trainer`` is compared: it imports this module."""
+
+    phase: Any
+    parameters: dict[str, nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]
+    ema: dict[str, Tensor]
 
 
 def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
@@ -26,15 +34,15 @@ def check_same_settings(saved: dict[str, Any], now: dict[str, Any], where: Path)
         raise ValueError(f"{where}: was trained with {difference}; use the same setting to resume, or another run_dir to start anew")
 
 
-def known_best(run_dir: Path, state: dict[str, Any], wanted: BestConfig | None) -> dict[str, Any] | None:
-    """The best that a checkpoint knows of, if it is still there and the same metric says so."""
+def known_best(run_dir: Path, state: dict[str, Any], wanted: tuple[str, str] | None) -> dict[str, Any] | None:
+    """The best that a checkpoint knows of, if it is still there and the same metric says so. ``wanted``: that metric and what is better."""
     best = state.get("best")
-    if best is None or wanted is None or (best["metric"], best["better"]) != (wanted.metric, wanted.better):
+    if best is None or (best["metric"], best["better"]) != wanted:
         return None
     return best if best["step"] in dict(list_checkpoints(run_dir)) else None
 
 
-def check_train_state(trainer: Trainer, checkpoint: Path, state: dict[str, Any], step: int, tensors: dict[str, Tensor]) -> None:
+def check_train_state(trainer: Resumable, checkpoint: Path, state: dict[str, Any], step: int, tensors: dict[str, Tensor]) -> None:
     """``ValueError`` unless ``tensors`` are what ``trainer`` would have saved after ``step`` steps, and ``state.json`` says so.
 
     They may lie in pieces, or be without content (device meta): then only their values go unseen.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from av.error import FFmpegError
 
@@ -33,6 +35,24 @@ def machine_fault(error: BaseException | None) -> OSError | None:
                 return error
         error = error.__cause__
     return None
+
+
+def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str, Any]:
+    """A JSON object from a file; ``ValueError`` naming it if it is missing, and the remedy too if it is damaged or has more
+    than ``MAX_JSON_BYTES``."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        data = json.loads(text.decode())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is this the folder of a checkpoint or of a finished run?") from None
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets, without end
+        raise ValueError(f"{path}: not readable as JSON ({error}); {remedy}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object; {remedy}")
+    return data
 
 
 @contextmanager

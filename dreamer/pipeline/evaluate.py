@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dreamer.data import EpisodeStore, LatentStore
+from dreamer.data.files import read_json
 from dreamer.data.pretokenized_dataset import Ids
 from dreamer.envs import make_env, make_player
 from dreamer.envs.seeding import player_rng
@@ -28,7 +29,7 @@ from dreamer.imagination import AgentPolicy, Sampler
 from dreamer.imagination.policy import Mode
 from dreamer.pipeline.collect import check_actions, make_any_player
 from dreamer.pipeline.run import Run, write_json
-from dreamer.training.checkpoint import read_json, read_tensors
+from dreamer.training.checkpoint import read_tensors
 from dreamer.training.models_io import weights_fingerprint
 from dreamer.training.settings import EnvConfig, RecordConfig
 from dreamer.types import Env, Player, Tokenizer

@@ -13,13 +13,13 @@ import torch
 
 from dreamer.config import DreamerConfig
 from dreamer.data import READERS, EpisodeSource, EpisodeStore, LatentStore, Recordings, guess_reader
+from dreamer.data.files import read_json
 from dreamer.data.pretokenize import GroupMaker, make_share
 from dreamer.data.shards import STORE_FILE
 from dreamer.data.sources import means_store
 from dreamer.models import CosmosTokenizerWrapper, create_cosmos_tokenizer_from_config
 from dreamer.pipeline.collect import ProgressBar
 from dreamer.pipeline.run import Run, choose_device, provenance, write_json
-from dreamer.training.checkpoint import read_json
 from dreamer.training.distributed import Ranks, parse_share
 from dreamer.training.models_io import AnyTokenizer
 

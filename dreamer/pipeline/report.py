@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from dreamer.data.files import read_json
 from dreamer.evaluation.charts import Chart, metrics_chart, read_metrics
 from dreamer.evaluation.latent_dreams import LatentResult
 from dreamer.evaluation.report import AgentClip, DreamClip, KeyFigure, Reconstructions, ReportData, ReturnRow, write_report
@@ -12,7 +13,7 @@ from dreamer.evaluation.video import COPY_LAST_FRAME, RECONSTRUCTION, SHUFFLED_A
 from dreamer.pipeline.evaluate import read_clips
 from dreamer.pipeline.run import Run
 from dreamer.pipeline.run_files import AgentFile, LatentFile, WorldModelFile, read_file
-from dreamer.training.checkpoint import read_json, read_tensors
+from dreamer.training.checkpoint import read_tensors
 
 Curves = dict[str, str]
 ResultKey = Literal["result", "training"]

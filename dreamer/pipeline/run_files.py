@@ -7,11 +7,11 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dreamer.data.files import read_json
 from dreamer.evaluation.agent import AgentResult
 from dreamer.evaluation.latent_dreams import LatentResult
 from dreamer.evaluation.report import Role
 from dreamer.evaluation.video import WorldModelResult
-from dreamer.training.checkpoint import read_json
 
 
 class WorldModelFile(BaseModel):

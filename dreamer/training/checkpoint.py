@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dreamer.data.files import MAX_JSON_BYTES, atomic_file, fsync_path
+from dreamer.data.files import atomic_file, fsync_path, read_json
 from dreamer.training.distributed import Parallel
 from dreamer.training.sharded_state import write_pieces
 from dreamer.training.state_fields import state_fault
@@ -341,24 +341,6 @@ def _write_fault(error: OSError | SafetensorError, final: Path) -> OSError:
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path, remedy: str = "use an earlier checkpoint") -> dict[str, Any]:
-    """A JSON object from a file; ``ValueError`` naming it if it is missing, and the remedy too if it is damaged or has more
-    than ``MAX_JSON_BYTES``."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        data = json.loads(text.decode())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is this the folder of a checkpoint or of a finished run?") from None
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets, without end
-        raise ValueError(f"{path}: not readable as JSON ({error}); {remedy}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}; expected a JSON object; {remedy}")
-    return data
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -344,8 +344,7 @@ class Trainer:
         train |= {f"ema.{name}": t for name, t in self.ema.items()}
         train |= {f"optimizer.{name}": t for name, t in optimizer_tensors(self.optimizers).items()}
         state = {"settings": self.settings, "seed": self.seed, "num_skipped": self.num_skipped, "bad_in_a_row": self._bad_in_a_row}
-        state |= {"best": self.best, "unfinished": self._unfinished}
-        state |= {"without_moments": without_moments(self.optimizers, self.parameters)}
+        state |= {"best": self.best, "unfinished": self._unfinished, "without_moments": without_moments(self.optimizers, self.parameters)}
         path = save_checkpoint(
             self.run_dir,
             self.step,

@@ -12,9 +12,10 @@ import pydantic
 import torch
 from torch import nn
 
+from dreamer.data.files import read_json
 from dreamer.models import Agent, AgentConfig, CausalTokenizer, CausalTokenizerConfig, CosmosTokenizerConfig, CosmosTokenizerWrapper
 from dreamer.models.cosmos_weights import ScriptedCosmos, build_network
-from dreamer.training.checkpoint import find_checkpoint, load_weights, read_json, read_manifest, read_tensors
+from dreamer.training.checkpoint import find_checkpoint, load_weights, read_manifest, read_tensors
 from dreamer.types import ActionSpace, Tokenizer
 
 MAX_UNSEEN_BYTES = 1 << 29  # of a model that is built before its sizes are compared with the weights

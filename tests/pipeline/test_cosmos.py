@@ -18,12 +18,13 @@ import torch
 from dreamer.cli import PRESETS, main, train_script
 from dreamer.config import DreamerConfig
 from dreamer.data import EpisodeStore, EpisodeWriter, LatentStore, import_recordings, split_episodes
+from dreamer.data.files import read_json
 from dreamer.models import CosmosTokenizerWrapper
 from dreamer.pipeline import STAGES, Run, run_all, run_stage, stages
 from dreamer.pipeline.dry_run import dry_run, find_inputs
 from dreamer.pipeline.summary import key_figures
 from dreamer.pipeline.train import episode_returns
-from dreamer.training.checkpoint import read_json, read_manifest
+from dreamer.training.checkpoint import read_manifest
 from dreamer.training.loop import Trainer
 from dreamer.training.models_io import load_tokenizer
 from dreamer.yaml_config import ConfigError, load_config

@@ -87,7 +87,7 @@ class Phase(nn.Module):
         """Called with the averaged weights in place, before ``model`` is written to a checkpoint. May set buffers."""
 
     def carried(self) -> dict[str, Tensor]:
-        """What else the next step depends on, besides weights: saved with every checkpoint."""
+        """What else the next step depends on, besides weights: saved with every checkpoint. ``check_carried`` knows what that may be."""
         return {}
 
     def carry(self, tensors: dict[str, Tensor]) -> None:

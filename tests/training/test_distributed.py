@@ -285,9 +285,7 @@ def killed(alone: Run, folder: Path, killed_strategy: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("killed_strategy", "processes", "strategy"), [("ddp", 1, "ddp"), ("fsdp", 3, "fsdp"), ("fsdp", 2, "ddp")]
-)
+@pytest.mark.parametrize(("killed_strategy", "processes", "strategy"), [("ddp", 1, "ddp"), ("fsdp", 3, "fsdp"), ("fsdp", 2, "ddp")])
 def test_one_is_killed_and_another_number_of_processes_goes_on(
     uninterrupted: Path, killed: Path, folder: Path, tmp_path: Path, processes: int, strategy: str
 ) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 12.0  # seconds after which a step that has not ended is given up: what was saved before it stays
-AGAIN = 1.0  # seconds
+AGAIN = 1.0  # seconds after which a step that was to be given up, and still goes on, is told so again
 ECHO = 0.5  # seconds in which another signal is the same one: Ctrl-C reaches a process from the terminal and from its parent
 ECHO_OF_SEVERAL = 20.0  # where several processes train: schedulers signal them one by one, and torchrun passes its own on to all
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, folders that one process works in at a time, and JSON of a bounded size."""
 
 from __future__ import annotations
 
